@@ -1,0 +1,218 @@
+"""Diffusion head: a small MLP that turns one decoder vector into a sample of one latent token.
+
+Paper: "Autoregressive Image Generation without Vector Quantization" (MAR, 2406.11838), section 3; its SimpleMLPAdaLN.
+Diffusion: "Improved DDPM" (2102.09672), cosine schedule and learned variance. Parameter names are MAR's (`diffloss.net.…`).
+
+Letters: M tokens (rows), C latent channels, D conditioning width, W head width, T = 1000 training steps, S sampling steps.
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+T = 1000
+
+
+# ---- the network -----------------------------------------------------------------------------------------------------
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, width, frequencies=256):
+        super().__init__()
+        self.half = frequencies // 2
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):                                                       # (M,)
+        i = torch.arange(self.half, dtype=torch.float32, device=t.device)
+        angle = t[:, None].float() * torch.exp(-math.log(10000) / self.half * i)
+        features = torch.cat([angle.cos(), angle.sin()], dim=1)                 # (M, 256)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))                  # (M, W)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.in_ln = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    def forward(self, x, y):                                                    # (M, W), (M, W)
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=1)
+        return x + gate * self.mlp((1 + scale) * self.in_ln(x) + shift)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width, out_dim):
+        super().__init__()
+        self.linear = nn.Linear(width, out_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, y):
+        shift, scale = self.adaLN_modulation(y).chunk(2, dim=1)
+        return self.linear((1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift)
+
+
+class SimpleMLPAdaLN(nn.Module):
+    """x (M, C) noisy tokens, t (M,) steps of the 1000, z (M, D) conditions -> (M, 2C): noise ε and variance mix v."""
+
+    def __init__(self, token_dim, cond_dim, depth, width):
+        super().__init__()
+        self.time_embed = TimestepEmbedder(width)
+        self.cond_embed = nn.Linear(cond_dim, width)
+        self.input_proj = nn.Linear(token_dim, width)
+        self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
+        self.final_layer = FinalLayer(width, 2 * token_dim)
+
+    def forward(self, x, t, z):
+        return self.denoise(x, self.time_embed(t) + self.cond_embed(z))
+
+    def denoise(self, x, y):
+        """The same with the embeddings already summed: y (M, W) = time + condition. The sampler computes each of them once."""
+        x = self.input_proj(x.to(self.input_proj.weight.dtype))                 # (M, W)
+        for block in self.res_blocks:
+            x = block(x, y)
+        return self.final_layer(x, y)                                           # (M, 2C)
+
+
+# ---- the diffusion process -------------------------------------------------------------------------------------------
+
+def cosine_alphas_cumprod():
+    """ᾱ_0 … ᾱ_999, float64."""
+    abar = lambda t: math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2  # noqa: E731
+    betas = [min(1 - abar(t + 1) / abar(t), 0.999) for t in range(T)]
+    return np.cumprod(1 - np.array(betas))
+
+
+class Process:
+    """The constants of a (respaced) diffusion process with `steps` of the T steps, each a float32 tensor (steps,)."""
+
+    def __init__(self, steps):
+        stride = (T - 1) / (steps - 1) if steps > 1 else 1
+        timesteps = np.array([round(i * stride) for i in range(steps)])
+        abar = cosine_alphas_cumprod()[timesteps]
+        before = np.append(1.0, abar[:-1])                           # ᾱ of the step before; 1 ahead of the first
+        beta = 1 - abar / before
+        variance = beta * (1 - before) / (1 - abar)                  # β̃, of q(x_{t-1} | x_t, x_0)
+        variance[0] = variance[min(1, steps - 1)]                    # it is 0 at t = 0, and its log is needed
+        self.timesteps = torch.from_numpy(timesteps)                 # what the network is told, int64
+        table = dict(
+            signal=abar ** 0.5, noise=(1 - abar) ** 0.5,             # x_t = signal·x_0 + noise·ε
+            x0_from_xt=abar ** -0.5, x0_from_eps=(1 / abar - 1) ** 0.5,
+            mean_from_x0=beta * before ** 0.5 / (1 - abar), mean_from_xt=(1 - before) * (abar / before) ** 0.5 / (1 - abar),
+            log_beta=np.log(beta), log_variance=np.log(np.maximum(variance, 1e-300)))
+        self.table = {name: torch.from_numpy(values).float() for name, values in table.items()}
+
+    def at(self, t, *names):
+        """The named constants at steps t (M,) as columns (M, 1) on t's device."""
+        return [self.table[name].to(t.device)[t][:, None] for name in names]
+
+
+def normal_cdf(u):
+    """The tanh approximation that the original's likelihood uses."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3)))
+
+
+def discretized_nll(x, mean, logvar):
+    """-log probability of the bin x ± 1/255 under a Gaussian, in nats; the outermost bins are open."""
+    inv_std = torch.exp(-0.5 * logvar)
+    upper, lower = normal_cdf(inv_std * (x - mean + 1 / 255)), normal_cdf(inv_std * (x - mean - 1 / 255))
+    p = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return -p.clamp(min=1e-12).log()
+
+
+def gaussian_kl(mean1, logvar1, mean2, logvar2):
+    return 0.5 * (logvar2 - logvar1 - 1 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
+
+
+class DiffusionHead(nn.Module):
+    """`.net` in the model's dtype; everything about the diffusion itself in float32.
+
+    sampling_steps: S, 100 in the official models. x0_clip: clamp the predicted x_0 to ± this at each sampling step. It keeps
+    small or little-trained models from exploding near t = 1000, where an error in ε is multiplied by up to 20,000; None for
+    official models.
+    """
+
+    def __init__(self, token_dim, cond_dim, depth, width, sampling_steps=100, x0_clip=None):
+        super().__init__()
+        if not 1 <= sampling_steps <= T:
+            raise ValueError(f"sampling_steps is {sampling_steps}; expected 1 to {T}")
+        self.token_dim, self.x0_clip = token_dim, x0_clip
+        self.net = SimpleMLPAdaLN(token_dim, cond_dim, depth, width)
+        self.training_process, self.sampling_process = Process(T), Process(sampling_steps)
+        self.init_weights()
+
+    def init_weights(self):
+        for module in self.net.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for layer in (self.net.time_embed.mlp[0], self.net.time_embed.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        # zero-initialised modulation and output: every block starts as the identity, the head as ε = 0
+        for layer in [b.adaLN_modulation[1] for b in self.net.res_blocks] + [self.net.final_layer.adaLN_modulation[1], self.net.final_layer.linear]:
+            nn.init.zeros_(layer.weight)
+
+    @staticmethod
+    def log_variance(process, v, t):
+        """v = -1 gives the posterior's variance, v = 1 gives β_t, interpolated in the log."""
+        log_beta, log_variance = process.at(t, "log_beta", "log_variance")
+        f = (v + 1) / 2
+        return f * log_beta + (1 - f) * log_variance
+
+    def loss(self, z, target, mask=None, *, t=None, noise=None):
+        """Mean over rows of the ε error plus the variational bound (bits per channel) that trains the variance.
+
+        z (M, D) conditions, target (M, C) clean tokens, mask (M,) rows that count (None: all), t (M,) int steps in [0, 1000)
+        and noise (M, C), drawn when not given. Rows outside the mask cost nothing. Returns a float32 scalar.
+        """
+        if mask is not None:
+            rows = mask.nonzero()[:, 0]
+            z, target, t, noise = (x if x is None else x[rows] for x in (z, target, t, noise))
+        x0 = target.float()
+        t = torch.randint(T, x0.shape[:1], device=x0.device) if t is None else t
+        noise = torch.randn_like(x0) if noise is None else noise.float()
+        process = self.training_process
+        signal, sigma, x0_from_xt, x0_from_eps, from_x0, from_xt, true_logvar = process.at(
+            t, "signal", "noise", "x0_from_xt", "x0_from_eps", "mean_from_x0", "mean_from_xt", "log_variance")
+        x_t = signal * x0 + sigma * noise
+        eps, v = self.net(x_t, t, z).float().chunk(2, dim=1)
+        with torch.autocast(x0.device.type, enabled=False):
+            mse = (noise - eps).square().mean(dim=1)
+            # the bound trains the variance only, so the mean it sees is detached
+            mean = from_x0 * (x0_from_xt * x_t - x0_from_eps * eps.detach()) + from_xt * x_t
+            logvar = self.log_variance(process, v, t)
+            kl = gaussian_kl(from_x0 * x0 + from_xt * x_t, true_logvar, mean, logvar)
+            bound = torch.where(t[:, None] == 0, discretized_nll(x0, mean, logvar), kl).mean(dim=1) / math.log(2)
+            return (mse + bound).mean()
+
+    @torch.no_grad()
+    def sample(self, z, *, temperature=1.0, cfg=1.0, noise_fn=None):
+        """Draw a token for each condition by ancestral sampling.
+
+        z (M, D), or with cfg != 1 (2M, D) = [conditional; unconditional]. temperature scales the noise added at each step.
+        noise_fn(shape) -> tensor gives every Gaussian draw: the start (M, C), then one for each step but the last.
+        Returns float32 (M, C).
+        """
+        M = z.shape[0] // (1 if cfg == 1 else 2)
+        draw = noise_fn or (lambda shape: torch.randn(shape, device=z.device))
+        process, C = self.sampling_process, self.token_dim
+        time = self.net.time_embed(process.timesteps.to(z.device))              # (S, W)
+        cond = self.net.cond_embed(z)                                           # (M or 2M, W)
+        steps = torch.arange(len(process.timesteps), device=z.device)
+        x = draw((M, C)).to(z.device, torch.float32)
+        for i in range(len(process.timesteps) - 1, -1, -1):
+            t = steps[i:i + 1]
+            out = self.net.denoise(x if cfg == 1 else torch.cat([x, x]), time[i] + cond).float()
+            eps, v = out[:M].chunk(2, dim=1)                                    # the variance is the conditional row's
+            if cfg != 1:
+                uncond = out[M:, :C]
+                eps = uncond + cfg * (eps - uncond)
+            x0_from_xt, x0_from_eps, from_x0, from_xt = process.at(t, "x0_from_xt", "x0_from_eps", "mean_from_x0", "mean_from_xt")
+            x0 = x0_from_xt * x - x0_from_eps * eps
+            if self.x0_clip is not None:
+                x0 = x0.clamp(-self.x0_clip, self.x0_clip)
+            x = from_x0 * x0 + from_xt * x
+            if i > 0:
+                x = x + torch.exp(0.5 * self.log_variance(process, v, t)) * draw((M, C)).to(x) * temperature
+        return x

@@ -1,0 +1,471 @@
+"""Harmon: one model that draws images from text and answers questions about images.
+
+Paper: "Harmonizing Visual Representations for Unified Multimodal Understanding and Generation" (2503.21979).
+
+    pixels --VAE--> latents --MAR encoder--> x_enc --proj_in--> z_enc --LLM, after the prompt--> z_llm
+      --proj_out, + x_enc--> --MAR decoder--> z --diffusion head--> latents of masked tokens --VAE--> pixels
+
+Letters: B batch, h×w token grid, N = h·w image tokens, n buffer tokens, V visible tokens, C latent channels, D MAR width, H LLM
+width, L text length. Pixels are RGB in [-1, 1], (B, 3, s·h, s·w) with s the VAE's stride.
+"""
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+import weights
+from llm import KVCache, QWEN_SIZES, Qwen2, QwenConfig
+from mar import MAR, MAR_SIZES, MARConfig
+from vae import AutoencoderKL, VAEConfig
+
+IMAGE_TOKEN_ID = -200            # in input_ids: a position that an image embedding fills
+IGNORE_INDEX = -100              # in labels: no loss here
+USER, ASSISTANT = "<|im_start|>user\n", "<|im_start|>assistant\n"
+END, PAD = "<|im_end|>", "<|endoftext|>"
+GENERATE, UNCONDITIONAL = "Generate an image: {caption}", "Generate an image."
+GRADIENT_INTO_IMAGE = 0.1        # scale of the understanding loss's gradient into z_enc
+BUNDLED = Path(__file__).resolve().parent / "checkpoints"
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class HarmonConfig:
+    llm: QwenConfig
+    mar: MARConfig
+    vae: VAEConfig = VAEConfig()
+    vae_scale: float = 0.2325    # latents are multiplied by it, to about unit variance
+
+    @classmethod
+    def from_name(cls, name):
+        """"harmon-0.5b", "harmon-1.5b" or "harmon-tiny"."""
+        known = {"harmon-0.5b": ("qwen2.5-0.5b", "mar-base"), "harmon-1.5b": ("qwen2.5-1.5b", "mar-huge")}
+        if name == "harmon-tiny":
+            return TINY
+        if name not in known:
+            raise ValueError(f"unknown model {name!r}; known: {', '.join(known)}, harmon-tiny")
+        llm, mar = known[name]
+        return cls(QwenConfig.from_name(llm), MARConfig.from_name(mar))
+
+    @classmethod
+    def from_json(cls, content, source="config.json"):
+        """The dictionary of a config.json: Hugging Face's for Harmon, or what `to_json` gives."""
+        try:
+            llm = QwenConfig(**{k: content["llm"][k] for k in QwenConfig.__dataclass_fields__ if k in content["llm"]})
+            m = content["mar"]
+            mar = MARConfig.from_name(m["type"]) if "type" in m else MARConfig()
+            mar = replace(mar, **{ours: m[theirs] for theirs, ours in MAR_KEYS.items() if theirs in m})
+            mar = replace(mar, diffusion_steps=int(mar.diffusion_steps))
+            v = content.get("vae", {})
+            vae = replace(VAEConfig(), **{k: tuple(x) if isinstance(x, list) else x for k, x in v.items()})
+            return cls(llm, mar, vae, content.get("vae_scale", cls.vae_scale))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{source}: not a Harmon configuration ({type(error).__name__}: {error})") from None
+
+    def to_json(self):
+        llm = {k: getattr(self.llm, k) for k in QwenConfig.__dataclass_fields__}
+        mar = {theirs: getattr(self.mar, ours) for theirs, ours in MAR_KEYS.items()}
+        vae = {k: getattr(self.vae, k) for k in VAEConfig.__dataclass_fields__}
+        return {"model_type": "harmon", "llm": llm, "mar": mar, "vae": vae, "vae_scale": self.vae_scale}
+
+
+MAR_KEYS = {  # the official config's names -> ours
+    "img_size": "img_size", "vae_stride": "vae_stride", "encoder_embed_dim": "embed_dim", "encoder_depth": "encoder_depth",
+    "decoder_depth": "decoder_depth", "encoder_num_heads": "num_heads", "mlp_ratio": "mlp_ratio", "buffer_size": "buffer_size",
+    "vae_embed_dim": "token_dim", "class_num": "class_num", "attn_dropout": "dropout", "diffloss_d": "head_depth",
+    "diffloss_w": "head_width", "num_sampling_steps": "diffusion_steps", "diffusion_batch_mul": "diffusion_batch_mul", "x0_clip": "x0_clip"}
+
+TINY = HarmonConfig(
+    llm=QwenConfig(vocab_size=512, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2),
+    mar=MARConfig(img_size=64, vae_stride=8, embed_dim=192, encoder_depth=4, decoder_depth=4, num_heads=6, buffer_size=8, token_dim=8, class_num=1,
+                  dropout=0.0, head_depth=3, head_width=384, x0_clip=3.0),
+    vae=VAEConfig(ch=32, ch_mult=(1, 1, 2, 2), z_channels=8), vae_scale=1.0)
+
+
+def infer_config(tensors, source):
+    """The configuration of an official checkpoint, which carries none, from the widths of its LLM and MAR."""
+    try:
+        llm_width, mar_width = tensors["llm.model.embed_tokens.weight"].shape[1], tensors["mar.z_proj.weight"].shape[0]
+    except KeyError as error:
+        raise ValueError(f"{source}: no {error} in it, so this is not a Harmon checkpoint; a Hugging Face folder is given as the folder, "
+                         "a VAE as vae=") from None
+    for name in ("harmon-0.5b", "harmon-1.5b"):
+        config = HarmonConfig.from_name(name)
+        if (llm_width, mar_width) == (config.llm.hidden_size, config.mar.embed_dim):
+            return config
+    raise ValueError(f"{source}: LLM width {llm_width} and MAR width {mar_width} belong to no official model; give config=")
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+def image_to_pixels(image, size):
+    """PIL image -> (1, 3, H, W) in [-1, 1], resized to size = (H, W) as it is."""
+    image = image.convert("RGB").resize((size[1], size[0]), Image.BICUBIC)
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def pad_to_square(image):
+    """PIL image centred on a square of grey 127: how images come to be understood."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), (127, 127, 127))
+    square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def pixels_to_images(pixels):
+    """(B, 3, H, W) -> list of PIL images."""
+    pixels = (127.5 * pixels.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p) for p in pixels]
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+def masking_schedule(N, num_iter):
+    """How many tokens stay masked after each step: a cosine from N to 0. A number that repeats is a step with nothing to do."""
+    masked = [N]
+    for k in range(1, num_iter):
+        masked.append(max(1, min(masked[-1] - 1, math.floor(N * math.cos(math.pi / 2 * k / num_iter)))))
+    return masked + [0]
+
+
+class Harmon(nn.Module):
+    """Built from a configuration with random float32 weights, or with `from_pretrained`."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.vae.stride != config.mar.vae_stride or config.vae.z_channels != config.mar.token_dim:
+            raise ValueError(f"the VAE has stride {config.vae.stride} and {config.vae.z_channels} channels, the MAR expects "
+                             f"{config.mar.vae_stride} and {config.mar.token_dim}")
+        self.config, self.tokenizer = config, None
+        D, H = config.mar.embed_dim, config.llm.hidden_size
+        self.vae, self.llm, self.mar = AutoencoderKL(config.vae), Qwen2(config.llm), MAR(config.mar)
+        self.proj_in = nn.Sequential(nn.Linear(D, H), nn.SiLU(), nn.Linear(H, H))
+        self.proj_out = nn.Sequential(nn.Linear(H, H), nn.SiLU(), nn.Linear(H, D))
+
+    @property
+    def device(self):
+        return self.mar.mask_token.device
+
+    @property
+    def dtype(self):
+        return self.mar.mask_token.dtype
+
+    # -- the parts of a pass --
+
+    def encode(self, pixels):
+        """pixels (B, 3, s·h, s·w) in [-1, 1] -> latents (B, h, w, C), scaled to about unit variance."""
+        z = self.vae.encode(pixels.to(self.device, self.dtype)).mode()
+        return z.permute(0, 2, 3, 1) * self.config.vae_scale
+
+    def decode(self, latents):
+        """latents (B, h, w, C) -> pixels (B, 3, s·h, s·w), about in [-1, 1]."""
+        return self.vae.decode((latents / self.config.vae_scale).permute(0, 3, 1, 2).to(self.dtype))
+
+    def visual_features(self, latents, mask=None):
+        """latents (B, h, w, C), mask (B, N) bool, True = hidden, None = all visible.
+
+        Returns x_enc (B, n+V, D), buffers first, and z_enc (B, V+n, H), buffers last: the LLM, being causal, then has seen the
+        image when it comes to the buffers.
+        """
+        B, h, w, C = latents.shape
+        if mask is None:
+            mask = torch.zeros(B, h * w, dtype=torch.bool, device=latents.device)
+        x_enc = self.mar.encode(latents.reshape(B, h * w, C).to(self.dtype), mask, (h, w))
+        z_enc = self.proj_in(x_enc)
+        return x_enc, torch.cat([z_enc[:, self.mar.config.buffer_size:], z_enc[:, :self.mar.config.buffer_size]], dim=1)
+
+    def back_to_mar(self, x_enc, z_llm):
+        """LLM outputs of the image and buffer tokens, as a residual on what the MAR encoder gave: (B, n+V, D), buffers first."""
+        z_llm, n = self.proj_out(z_llm), self.mar.config.buffer_size
+        return x_enc + torch.cat([z_llm[:, -n:], z_llm[:, :-n]], dim=1)
+
+    def masked_features(self, latents, mask, input_ids, attention_mask):
+        """x_enc + proj_out(LLM(prompt, z_enc)): what the MAR decoder gets. Shapes as above; returns (B, n+V, D)."""
+        x_enc, z_enc = self.visual_features(latents, mask)
+        text = self.llm.model.embed_tokens(input_ids)
+        real = torch.cat([attention_mask, attention_mask.new_ones(z_enc.shape[:2])], dim=1)
+        hidden = self.llm(inputs_embeds=torch.cat([text, z_enc.to(text.dtype)], dim=1), attention_mask=real)
+        return self.back_to_mar(x_enc, hidden[:, text.shape[1]:])
+
+    # -- sampling --
+
+    @torch.no_grad()
+    def sample(self, input_ids, attention_mask, *, num_iter=64, cfg=3.0, cfg_schedule="constant", temperature=1.0, grid=None, orders=None, noise_fn=None,
+               generator=None, progress=False, on_step=None, known=None, known_mask=None):
+        """Masked autoregressive generation: pixels (B, 3, s·h, s·w).
+
+        input_ids, attention_mask (rows, L): with cfg != 1 rows = 2B, [conditional; unconditional]; with cfg = 1 rows = B.
+        num_iter: steps K ≥ 1. cfg_schedule: "constant", or "linear" from 1 up to cfg. grid (h, w), default the native one.
+        orders (rows, N): row b's first m entries are what is masked when m tokens are. noise_fn: see DiffusionHead.sample.
+        generator: a torch.Generator, or a list of B, one an image, so that an image does not depend on its batch.
+        on_step(k, tokens (B, h, w, C), hidden (B, N)) is called after each step.
+        known (B, h, w, C) with known_mask (N,) bool, True = keep: those tokens start visible and stay (inpainting).
+        """
+        if num_iter < 1 or cfg < 0 or temperature < 0 or cfg_schedule not in ("constant", "linear"):
+            raise ValueError(f"num_iter {num_iter} must be at least 1, cfg {cfg} and temperature {temperature} at least 0, "
+                             f"cfg_schedule {cfg_schedule!r} 'constant' or 'linear'")
+        h, w = grid or (self.mar.config.grid, self.mar.config.grid)
+        rows, N, C = input_ids.shape[0], h * w, self.mar.config.token_dim
+        if cfg != 1 and rows % 2:
+            raise ValueError(f"with cfg != 1 the batch is [conditional; unconditional] and even; it has {rows} rows")
+        halves = 1 if cfg == 1 else 2
+        B, device = rows // halves, self.device
+        generators = generator if isinstance(generator, (list, tuple)) else None
+        if orders is None:
+            orders = torch.stack([torch.randperm(N, generator=generators[b] if generators else generator) for b in range(B)])
+        orders = orders[:B].to(device)
+        tokens, total = torch.zeros(B, N, C, device=device), N
+        if known is not None:
+            tokens = torch.where(known_mask.to(device)[:, None], known.reshape(B, N, C).to(tokens), tokens)
+            last = known_mask.to(device)[orders].int().argsort(dim=1, stable=True)   # what is known leaves the masked set first
+            orders, total = orders.gather(1, last), N - int(known_mask.sum())
+
+        cache = KVCache()
+        self.llm(input_ids.to(device), attention_mask=attention_mask.to(device), cache=cache)
+        prompt = cache.length
+        masked = masking_schedule(total, num_iter)
+        for k in tqdm(range(1, num_iter + 1), desc="steps", disable=None if progress else True, leave=False):
+            m, m_next = masked[k - 1:k + 1]
+            if m_next == m:
+                continue
+            hidden = torch.zeros(B, N, dtype=torch.bool, device=device).scatter(1, orders[:, :m], True).repeat(halves, 1)
+            x_enc, z_enc = self.visual_features(tokens.view(B, h, w, C).repeat(halves, 1, 1, 1), hidden)
+            real = torch.cat([attention_mask.to(device), attention_mask.new_ones(z_enc.shape[:2]).to(device)], dim=1)
+            z_llm = self.llm(inputs_embeds=z_enc, attention_mask=real, cache=cache)
+            cache.truncate(prompt)                                                   # the encoder is bidirectional: all change
+            z = self.mar.decode(self.back_to_mar(x_enc, z_llm), hidden, (h, w))      # (rows, N, D)
+
+            new = orders[:, m_next:m].sort(dim=1).values                             # (B, m - m_next), raster order
+            z = z.gather(1, new.repeat(halves, 1)[..., None].expand(-1, -1, z.shape[-1])).flatten(0, 1)
+            weight = cfg if cfg_schedule == "constant" or cfg == 1 else 1 + (cfg - 1) * (total - max(1, m_next)) / total  # the schedule's own m_K is 1
+            draw = noise_fn or self.noise_source(B, m - m_next, generators or generator)
+            drawn = self.mar.diffloss.sample(z, temperature=temperature, cfg=weight, noise_fn=draw)
+            tokens = tokens.scatter(1, new[..., None].expand(-1, -1, C), drawn.view(B, -1, C))
+            if on_step is not None:
+                on_step(k, tokens.view(B, h, w, C), torch.zeros_like(hidden[:B]).scatter(1, orders[:, :m_next], True))
+        return self.decode(tokens.view(B, h, w, C))
+
+    def noise_source(self, B, count, generator):
+        """A noise_fn for one step's new tokens, `count` an image: all draws at once, on the generators' device, image by image."""
+        S, C = self.mar.config.diffusion_steps, self.mar.config.token_dim
+        if isinstance(generator, (list, tuple)):
+            noise = torch.stack([torch.randn(S, count, C, generator=g, device=g.device) for g in generator], dim=1)
+        else:
+            noise = torch.randn(S, B, count, C, generator=generator, device=generator.device if generator is not None else "cpu")
+        draws = iter(noise.to(self.device).flatten(1, 2))
+        return lambda shape: next(draws)
+
+    # -- losses --
+
+    def draw_mask(self, B, N):
+        """(B, N) bool: one ratio for the batch, from a normal (1, 0.25) truncated to [0.7, 1], that many tokens hidden in each row."""
+        low = 0.5 * math.erfc(1.2 / math.sqrt(2))                                    # Φ((0.7 - 1) / 0.25)
+        ratio = 1 + 0.25 * float(torch.special.ndtri(low + (0.5 - low) * torch.rand((), dtype=torch.float64)))
+        count = min(N, math.ceil(ratio * N))
+        hidden = torch.rand(B, N, device=self.device).argsort(dim=1)[:, :count]
+        return torch.zeros(B, N, dtype=torch.bool, device=self.device).scatter(1, hidden, True)
+
+    def text2image_loss(self, pixels, input_ids, attention_mask, *, latents=None, mask=None, t=None, noise=None):
+        """Head loss over the masked tokens of images (B, 3, s·h, s·w), or of their latents (B, h, w, C), given prompts (B, L).
+
+        mask (B, N) bool; t (R,) and noise (R, C) with R = diffusion_batch_mul · B · N, the list of all tokens repeated as a whole.
+        """
+        if latents is None:
+            with torch.no_grad():
+                latents = self.encode(pixels)
+        B, h, w, C = latents.shape
+        mask = self.draw_mask(B, h * w) if mask is None else mask
+        z = self.mar.decode(self.masked_features(latents, mask, input_ids, attention_mask), mask, (h, w))
+        mul = self.mar.config.diffusion_batch_mul
+        return self.mar.diffloss.loss(z.flatten(0, 1).repeat(mul, 1), latents.reshape(-1, C).repeat(mul, 1), mask.flatten().repeat(mul), t=t, noise=noise)
+
+    def embed(self, input_ids, z_enc=None):
+        """Token embeddings (B, L, H) with z_enc (images, N+n, H) where input_ids is IMAGE_TOKEN_ID."""
+        embeds = self.llm.model.embed_tokens(input_ids.clamp(min=0))
+        image = input_ids == IMAGE_TOKEN_ID
+        places, given = int(image.sum()), 0 if z_enc is None else z_enc.shape[0] * z_enc.shape[1]
+        if places != given:
+            raise ValueError(f"input_ids hold {places} image positions, the images give {given} embeddings")
+        return embeds if z_enc is None else embeds.masked_scatter(image[..., None], z_enc.to(embeds.dtype))
+
+    def image2text_loss(self, pixels, input_ids, attention_mask, labels, *, latents=None):
+        """Mean cross-entropy of the labelled tokens (labels (B, L), -100 = none), given images or their latents.
+
+        input_ids (B, L) hold IMAGE_TOKEN_ID at the buffer_size + N positions of each image. Without pixels and latents: text only.
+        """
+        z_enc = None
+        if pixels is not None or latents is not None:
+            if latents is None:
+                with torch.no_grad():
+                    latents = self.encode(pixels)
+            _, z_enc = self.visual_features(latents)
+            z_enc = GRADIENT_INTO_IMAGE * z_enc + (1 - GRADIENT_INTO_IMAGE) * z_enc.detach()
+        hidden = self.llm(inputs_embeds=self.embed(input_ids, z_enc), attention_mask=attention_mask)
+        counted = labels[:, 1:] != IGNORE_INDEX                                      # position i predicts label i + 1
+        logits = self.llm.logits(hidden[:, :-1][counted])
+        return F.cross_entropy(logits.float(), labels[:, 1:][counted])
+
+    # -- text in, images out; images in, text out --
+
+    def tokenize(self, text):
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer; give from_pretrained(tokenizer=…), a tokenizer.json or a folder with one")
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def prompt_ids(self, question, *, image_tokens=0, history=()):
+        """Token ids, a list, of a conversation that waits for the answer. The image, if any, opens the first user turn."""
+        turns = [q for q, _ in history] + [question]
+        ids = self.tokenize(USER) + [IMAGE_TOKEN_ID] * image_tokens if image_tokens else []
+        text = "\n" if image_tokens else USER
+        for i, turn in enumerate(turns):
+            text += ("" if i == 0 else f"{USER}") + f"{turn}{END}\n{ASSISTANT}"
+            if i < len(history):
+                text += f"{history[i][1]}{END}\n"
+        return ids + self.tokenize(text)
+
+    def pad(self, rows):
+        """Lists of ids -> input_ids (B, L) padded on the right, attention_mask (B, L) bool."""
+        L, pad = max(map(len, rows)), self.tokenizer.token_to_id(PAD)
+        ids = torch.tensor([row + [pad] * (L - len(row)) for row in rows])
+        return ids, torch.arange(L) < torch.tensor([[len(row)] for row in rows])
+
+    def token_grid(self, size=None):
+        """size in pixels, an int or (H, W), None = native -> (h, w) tokens."""
+        H, W = (size, size) if isinstance(size, int) else size or (self.mar.config.img_size,) * 2
+        s = self.config.vae.stride
+        if H < s or W < s or H % s or W % s:
+            raise ValueError(f"size {H}x{W} is not possible: height and width must be positive multiples of {s} pixels")
+        return H // s, W // s
+
+    def generate_image(self, prompts, *, size=None, seed=0, cfg=3.0, image=None, mask=None, **sampling):
+        """Draw one PIL image for each prompt.
+
+        prompts: a string or a list. size: pixels, an int or (H, W). seed: an int (image i then uses seed + i) or a list, one an image;
+        the same seed and prompt give the same image whatever else is in the batch. image with mask (PIL): keep the image where the mask
+        is black, draw anew where it is white. sampling: num_iter, cfg_schedule, temperature, progress, … of `sample`.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+            raise ValueError("a prompt is empty; say what to draw")
+        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(seeds)} seeds")
+        h, w = self.token_grid(size)
+        texts = [GENERATE.format(caption=p.strip()) for p in prompts] + ([] if cfg == 1 else [UNCONDITIONAL] * len(prompts))
+        ids, real = self.pad([self.prompt_ids(text) for text in texts])
+        if image is not None:
+            s = self.config.vae.stride
+            original = image_to_pixels(image, (h * s, w * s)).to(self.device)
+            redraw = image_to_pixels(mask, (h * s, w * s))[:, :1].to(self.device) > 0
+            keep = ~F.max_pool2d(redraw.float(), s).bool().flatten()                 # a token is kept if none of its pixels is redrawn
+            if keep.all():
+                raise ValueError("the mask is black everywhere: nothing to draw; white marks what is drawn anew")
+            sampling |= dict(known=self.encode(original).expand(len(prompts), -1, -1, -1), known_mask=keep)
+        pixels = self.sample(ids, real, cfg=cfg, grid=(h, w), generator=[torch.Generator().manual_seed(s) for s in seeds], **sampling)
+        if image is not None:
+            pixels = torch.where(redraw, pixels.float(), original)
+        return pixels_to_images(pixels)
+
+    @torch.no_grad()
+    def chat(self, question, image=None, *, history=(), max_new_tokens=1024, size=None):
+        """Answer a question, about a PIL image if one is given: yields pieces of text. history: earlier (question, answer) pairs."""
+        if not question.strip():
+            raise ValueError("the question is empty")
+        z_enc = None
+        if image is not None:
+            h, w = self.token_grid(size)
+            s = self.config.vae.stride
+            _, z_enc = self.visual_features(self.encode(image_to_pixels(pad_to_square(image), (h * s, w * s))))
+        ids = self.prompt_ids(question, image_tokens=0 if z_enc is None else z_enc.shape[1], history=history)
+        embeds = self.embed(torch.tensor([ids], device=self.device), z_enc)
+        answer, said = [], ""
+        for token in self.llm.generate(embeds, max_new_tokens=max_new_tokens, eos_token_id=self.tokenizer.token_to_id(END)):
+            answer.append(token)
+            text = self.tokenizer.decode(answer)
+            if not text.endswith("\ufffd"):                                          # a character may take several tokens
+                yield text[len(said):]
+                said = text
+
+    # -- weights --
+
+    @classmethod
+    def from_pretrained(cls, path="harmon-tiny", *, config=None, vae=None, tokenizer=None, device=None, dtype=None):
+        """A model with its weights, in eval mode.
+
+        path: "harmon-tiny", which is bundled; a folder of ours or Hugging Face's; an official `.pth` with vae= (kl16.ckpt) and tokenizer=
+        (a tokenizer.json or its folder) beside it; or a hub id such as wusize/Harmon-0_5B. config: needed only for sizes that are not official.
+        device: default CUDA when there is one. dtype: default float32 on the CPU, bfloat16 elsewhere.
+        Raises FileNotFoundError or ValueError, saying which file and which keys.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        path = locate(path)
+        tensors = weights.read(path)
+        if path.is_dir():
+            tokenizer = tokenizer or path
+            if config is None:
+                config = HarmonConfig.from_json(json.loads((path / "config.json").read_text()), path / "config.json")
+        config = config or infer_config(tensors, path)
+        if vae is not None:
+            tensors = {k: v for k, v in tensors.items() if not k.startswith("vae.")}
+            tensors |= {k if k.startswith("vae.") else f"vae.{k}": v for k, v in weights.read(vae).items()}
+        elif not any(k.startswith("vae.") for k in tensors):
+            raise ValueError(f"{path}: there is no VAE in it; give the VAE's file as vae= (--vae), kl16.ckpt for official weights")
+        with torch.device("meta"):
+            model = cls(config)
+        weights.assign(model, tensors, path, device=device, dtype=dtype)
+        model.llm.tie_weights()
+        if tokenizer is not None:
+            model.tokenizer = load_tokenizer(tokenizer)
+        return model.eval()
+
+    def save_pretrained(self, folder, dtype=None):
+        """Write config.json, model.safetensors and tokenizer.json, in a form that from_pretrained reads."""
+        folder = Path(folder)
+        state = self.state_dict()
+        if self.config.llm.tie_word_embeddings:
+            del state["llm.lm_head.weight"]
+        weights.write(folder / "model.safetensors", {k: v.to(dtype=dtype) for k, v in state.items()})
+        with weights.replacing(folder / "config.json") as temporary:
+            Path(temporary).write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
+        if self.tokenizer is not None:
+            with weights.replacing(folder / "tokenizer.json") as temporary:
+                self.tokenizer.save(temporary)
+
+
+def locate(path):
+    """A model's name, path or hub id -> an existing file or folder."""
+    if Path(path).exists():
+        return Path(path)
+    if (BUNDLED / str(path)).is_dir():
+        return BUNDLED / str(path)
+    if str(path).count("/") != 1 or Path(path).suffix or str(path).startswith((".", "/")):
+        raise FileNotFoundError(f"{path}: no such file or folder, and not the name of a bundled model or a hub id like wusize/Harmon-0_5B")
+    from huggingface_hub import snapshot_download  # comes with tokenizers; needed only here
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the hub raises many types
+        raise FileNotFoundError(f"{path}: no such folder, and fetching it from the hub failed ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+
+
+def load_tokenizer(path):
+    from tokenizers import Tokenizer
+
+    path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a tokenizer.json is needed")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"{path}: not a tokenizer file ({error})") from None
+    if tokenizer.token_to_id(END) is None or tokenizer.token_to_id(PAD) is None:
+        raise ValueError(f"{path}: a Qwen2.5 tokenizer is expected, with {END} and {PAD} in it")
+    return tokenizer

@@ -1,0 +1,228 @@
+"""The shapes world: an endless supply of small scenes with captions and questions, made from an integer.
+
+It mirrors the six categories of GenEval (2310.11513) in 64×64 pixels: one object, two objects, counting, colors, position and
+color attribution. Everything is a pure function of (seed, index), so a data set needs no files. The combinations of color and
+shape in HELD_OUT never occur in training (`held_out=False`), neither in pictures nor in words; they measure composition.
+
+    python shapes.py        # draws a contact sheet of scenes with their captions to out/shapes.png
+"""
+import colorsys
+import math
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZE = 64                                                                                          # pixels
+HUES = {"red": 0, "yellow": 52, "green": 125, "cyan": 182, "blue": 228, "purple": 285}             # degrees
+COLORS = tuple(HUES)
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+HELD_OUT = frozenset({("red", "triangle"), ("yellow", "star"), ("green", "circle"), ("cyan", "cross"), ("blue", "square"), ("purple", "star")})
+SEEN = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT)
+NUMBERS = ("no", "one", "two", "three", "four")
+INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
+SIDES = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
+DIAMETERS = {"single": (22, 44), "pair": (18, 28), 2: (17, 25), 3: (16, 21), 4: (15, 19)}          # pixels, by kind of scene
+
+
+@dataclass(frozen=True)
+class Thing:
+    color: str
+    shape: str
+    x: float                # center and diameter, pixels
+    y: float
+    size: float
+    rgb: tuple = (0, 0, 0)  # the shade it is drawn in
+
+
+@dataclass(frozen=True)
+class Scene:
+    """kind: "single" (one thing), "pair" (two that differ in color and in shape) or "count" (two to four alike)."""
+    kind: str
+    things: tuple
+    background: tuple       # top and bottom rgb
+
+
+# ---- scenes ----------------------------------------------------------------------------------------------------------
+
+def outline(shape, x, y, size):
+    """Polygon of a shape that fills a size × size box around (x, y), as a list of points."""
+    r = size / 2
+    if shape == "square":
+        return [(x - .9 * r, y - .9 * r), (x + .9 * r, y - .9 * r), (x + .9 * r, y + .9 * r), (x - .9 * r, y + .9 * r)]
+    if shape == "triangle":
+        return [(x, y - r), (x + r, y + .85 * r), (x - r, y + .85 * r)]
+    if shape == "star":
+        spikes = [(1.08 * r if i % 2 == 0 else .45 * r, math.pi * i / 5) for i in range(10)]
+        return [(x + a * math.sin(t), y + .05 * r - a * math.cos(t)) for a, t in spikes]
+    if shape == "cross":
+        a = .36 * r
+        return [(x + u, y + v) for u, v in ((-a, -r), (a, -r), (a, -a), (r, -a), (r, a), (a, a), (a, r), (-a, r), (-a, a), (-r, a), (-r, -a), (-a, -a))]
+    return [(x + r * math.cos(t), y + r * math.sin(t)) for t in np.linspace(0, 2 * math.pi, 48, endpoint=False)]
+
+
+def shade(color, rng):
+    hue = (HUES[color] + rng.uniform(-6, 6)) / 360 % 1
+    return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue, rng.uniform(.75, 1), rng.uniform(.7, 1)))
+
+
+def place(kind, n, rng):
+    """n centers and diameters that stay inside the picture and apart from each other. A pair lies clearly along one axis."""
+    low, high = DIAMETERS[kind if n == 1 or kind == "pair" else n]
+    while True:
+        spots = [(rng.uniform(s / 2 + 1, SIZE - s / 2 - 1), rng.uniform(s / 2 + 1, SIZE - s / 2 - 1), s) for s in (rng.uniform(low, high) for _ in range(n))]
+        far = all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) > (a[2] + b[2]) / 2 + 3 for i, a in enumerate(spots) for b in spots[:i])
+        if far and kind == "pair":
+            dx, dy = abs(spots[0][0] - spots[1][0]), abs(spots[0][1] - spots[1][1])
+            far = max(dx, dy) > 1.5 * min(dx, dy)
+        if far:
+            return spots
+
+
+def scene(seed, index, *, held_out=False, kind=None):
+    """Scene number `index` of the set `seed` (any string or int). held_out=True puts a held-out combination into it."""
+    rng = random.Random(f"{seed}/{index}/{held_out}")
+    kind = kind or rng.choices(("single", "pair", "count"), (25, 45, 30))[0]
+    first = rng.choice(sorted(HELD_OUT) if held_out else SEEN)
+    if kind == "pair":
+        combinations = SEEN + (tuple(sorted(HELD_OUT)) if held_out else ())
+        kinds = [first, rng.choice([c for c in combinations if c[0] != first[0] and c[1] != first[1]])]
+        rng.shuffle(kinds)
+    else:
+        kinds = [first] * (1 if kind == "single" else rng.choice((2, 3, 4)))
+    color_of = {c: shade(c, rng) for c, _ in kinds}
+    things = tuple(Thing(c, s, *spot, color_of[c]) for (c, s), spot in zip(kinds, place(kind, len(kinds), rng)))
+    grey, tint = rng.uniform(190, 250), [rng.uniform(-10, 10) for _ in range(3)]
+    slope = rng.uniform(-25, 25)
+    background = tuple(tuple(round(min(255, max(0, grey + t + d))) for t in tint) for d in (-slope, slope))
+    return Scene(kind, things, background)
+
+
+def render(scene, supersample=4):
+    """The scene as a PIL image, SIZE × SIZE, RGB, antialiased."""
+    k = supersample
+    ramp = np.linspace(0, 1, SIZE * k)[:, None, None]
+    top, bottom = np.array(scene.background, dtype=np.float64)
+    pixels = np.broadcast_to(top + (bottom - top) * ramp, (SIZE * k, SIZE * k, 3)).round().astype(np.uint8)
+    image = Image.fromarray(pixels)
+    draw = ImageDraw.Draw(image)
+    for t in scene.things:
+        draw.polygon([(k * x, k * y) for x, y in outline(t.shape, t.x, t.y, t.size)], fill=t.rgb)
+    return image.reduce(k)
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+def plural(shape):
+    return "crosses" if shape == "cross" else shape + "s"
+
+
+def relation(a, b):
+    """Where a is, seen from b: "left", "right", "above" or "below", by the axis on which they are further apart."""
+    dx, dy = a.x - b.x, a.y - b.y
+    if abs(dx) > abs(dy):
+        return "left" if dx < 0 else "right"
+    return "above" if dy < 0 else "below"
+
+
+def name(thing, colored=True):
+    return f"{thing.color} {thing.shape}" if colored else thing.shape
+
+
+def reading_order(scene):
+    a, b = scene.things
+    return (a, b) if relation(a, b) in ("left", "above") else (b, a)
+
+
+def describe(scene):
+    """The one full description of a scene, which also is the answer to "Describe the image."."""
+    if scene.kind == "pair":
+        a, b = reading_order(scene)
+        return f"a {name(a)} {PHRASES[relation(a, b)]} a {name(b)}"
+    n = len(scene.things)
+    return f"a {name(scene.things[0])}" if n == 1 else f"{NUMBERS[n]} {scene.things[0].color} {plural(scene.things[0].shape)}"
+
+
+def caption(scene, rng, *, style=None):
+    """A caption that is true of the scene. style: None for any, or "plain" (no color) / "color" / "position" / "color position"."""
+    style = style or rng.choice(("plain", "color", "color", "position", "color position", "color position"))
+    colored = "color" in style
+    n, first = len(scene.things), scene.things[0]
+    if scene.kind == "pair":
+        a, b = rng.sample(scene.things, 2)
+        r = relation(a, b)
+        if "position" in style:
+            form = rng.choice(("{a} {of} {b}", "{a} {of} {b}", "{a} {at} and {b} {other}"))
+        else:
+            form = "{a} and {b}"
+        text = form.format(a=f"a {name(a, colored)}", b=f"a {name(b, colored)}", of=PHRASES[r], at=SIDES[r], other=SIDES[INVERSE[r]])
+    elif n == 1:
+        text = f"{rng.choice(('a', 'a', 'one'))} {name(first, colored)}"
+    else:
+        text = f"{NUMBERS[n]} {first.color + ' ' if colored else ''}{plural(first.shape)}"
+    return rng.choice(("{}", "{}", "{}", "a picture of {}", "an image of {}", "a drawing of {}", f"there {'are' if scene.kind == 'count' else 'is'} {{}}")).format(text)
+
+
+def questions(scene, rng):
+    """All (type, question, answer) of a scene. Types: color, shape, count, where, exists, describe."""
+    qa = [("describe", "Describe the image.", describe(scene))]
+    n, first = len(scene.things), scene.things[0]
+    for t in scene.things if scene.kind == "pair" else scene.things[:1]:
+        many = n > 1 and scene.kind == "count"
+        qa.append(("color", f"What color {'are' if many else 'is'} the {plural(t.shape) if many else t.shape}?", t.color))
+        qa.append(("shape", f"What shape {'are' if many else 'is'} the {t.color} object{'s' if many else ''}?", t.shape))
+    if scene.kind == "pair":
+        for a, b in (scene.things, scene.things[::-1]):
+            qa.append(("where", f"Where is the {a.shape}?", f"{PHRASES[relation(a, b)]} the {b.shape}"))
+        qa.append(("count", "How many objects are there?", "two"))
+    else:
+        qa.append(("count", f"How many {rng.choice((plural(first.shape), 'objects'))} are there?", NUMBERS[n]))
+    real = {(t.color, t.shape) for t in scene.things}
+    yes = rng.choice(sorted(real))
+    no = rng.choice([c for c in SEEN if c not in real and (c[0] == yes[0] or c[1] == yes[1])])
+    for (c, s), answer in ((yes, "yes"), (no, "no")):
+        qa.append(("exists", f"Is there a {c} {s}?", answer))
+    return qa
+
+
+FACTS = (
+    ("How many sides does a triangle have?", "three"),
+    ("How many sides does a square have?", "four"),
+    ("How many points does a star have?", "five"),
+    ("Which shape is round?", "circle"),
+    ("Which shape has three sides?", "triangle"),
+    ("Which shape has four equal sides?", "square"),
+    ("Which shape has five points?", "star"),
+    ("What comes after one?", "two"),
+    ("What comes after two?", "three"),
+    ("What comes after three?", "four"),
+    ("What is the opposite of left?", "right"),
+    ("What is the opposite of right?", "left"),
+    ("What is the opposite of above?", "below"),
+    ("What is the opposite of below?", "above"),
+    ("Which color do blue and yellow make?", "green"),
+    ("Which color do red and blue make?", "purple"),
+    ("Which color is the sky?", "blue"),
+    ("Which color is grass?", "green"),
+    ("Which color is a lemon?", "yellow"),
+    ("Which color is a tomato?", "red"),
+    ("Which shapes can you draw?", "circles, squares, triangles, stars and crosses"),
+    ("Which colors do you know?", "red, yellow, green, cyan, blue and purple"),
+    ("What are you?", "I am a tiny model of a world of shapes."),
+    ("Hello!", "Hello! Ask me about shapes."),
+)
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    sheet = Image.new("RGB", (8 * 200, 4 * 240), "white")
+    for i in range(32):
+        s = scene("sheet", i)
+        sheet.paste(render(s).resize((192, 192), Image.NEAREST), (i % 8 * 200, i // 8 * 240))
+        ImageDraw.Draw(sheet).text((i % 8 * 200, i // 8 * 240 + 200), caption(s, random.Random(i)).replace(" a ", "\na ", 1), fill="black")
+    Path("out").mkdir(exist_ok=True)
+    sheet.save("out/shapes.png")
+    print("out/shapes.png")
