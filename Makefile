@@ -1,0 +1,23 @@
+# make demo: a virtual environment, the requirements, then a picture and an answer.   make test: the same set-up and the tests.
+# pip fetches torch's CUDA build on Linux. Without a GPU, torch's CPU build spares gigabytes: pass its index as PIP_FLAGS="--index-url …",
+# as the install selector on pytorch.org shows it.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+BIN = $(VENV)/bin
+
+.PHONY: demo test clean
+
+demo: $(VENV)/run.stamp
+	$(BIN)/python demo.py
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -q tests
+
+$(VENV)/%.stamp: requirements.txt requirements-test.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -r $(if $(filter test,$*),requirements-test.txt,requirements.txt)
+	touch $@
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,90 @@
+import random
+
+import pytest
+
+import evaluate
+import shapes
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [shapes.scene("train-0", i) for i in range(3000)]
+
+
+def test_scenes_are_a_function_of_their_number(scenes):
+    assert shapes.scene("train-0", 7) == scenes[7] != shapes.scene("train-1", 7)
+    assert shapes.render(scenes[7]).tobytes() == shapes.render(shapes.scene("train-0", 7)).tobytes()
+    assert {s.kind for s in scenes} == {"single", "pair", "count"}
+    assert {(t.color, t.shape) for s in scenes for t in s.things} == set(shapes.SEEN)
+
+
+def test_held_out_combinations_never_occur_in_training(scenes):
+    for i, s in enumerate(scenes):
+        rng = random.Random(i)
+        words = " ".join([shapes.caption(s, rng), shapes.describe(s)] + [f"{q} {a}" for _, q, a in shapes.questions(s, rng)])
+        for color, shape in shapes.HELD_OUT:
+            assert (color, shape) not in {(t.color, t.shape) for t in s.things}
+            assert f"{color} {shape}" not in words
+    assert len(shapes.HELD_OUT) == 6 and {c for c, _ in shapes.HELD_OUT} == set(shapes.COLORS) and {s for _, s in shapes.HELD_OUT} == set(shapes.SHAPES)
+
+
+def test_held_out_scenes_hold_one():
+    for i in range(300):
+        assert {(t.color, t.shape) for t in shapes.scene("x", i, held_out=True).things} & shapes.HELD_OUT
+
+
+def test_things_stay_inside_and_apart(scenes):
+    for s in scenes[:500]:
+        for i, a in enumerate(s.things):
+            assert a.size / 2 < a.x < 64 - a.size / 2 and a.size / 2 < a.y < 64 - a.size / 2
+            assert all(max(abs(a.x - b.x), abs(a.y - b.y)) > (a.size + b.size) / 2 + 3 for b in s.things[:i])
+
+
+def test_captions_and_answers_are_true():
+    s = next(s for s in (shapes.scene("x", i, kind="pair") for i in range(99)) if shapes.relation(*s.things) == "left")
+    a, b = s.things
+    assert shapes.describe(s) == f"a {a.color} {a.shape} to the left of a {b.color} {b.shape}"
+    answers = {q: answer for _, q, answer in shapes.questions(s, random.Random(0))}
+    assert answers[f"Where is the {a.shape}?"] == f"to the left of the {b.shape}" and answers[f"Where is the {b.shape}?"] == f"to the right of the {a.shape}"
+    assert answers[f"What color is the {b.shape}?"] == b.color and answers["How many objects are there?"] == "two"
+    possible = {f"a {a.shape} to the left of a {b.shape}", f"a {b.shape} to the right of a {a.shape}",
+                f"a {a.shape} on the left and a {b.shape} on the right", f"a {b.shape} on the right and a {a.shape} on the left"}
+    said = {shapes.caption(s, random.Random(i), style="position") for i in range(200)}
+    assert possible <= said
+    assert all(any(p in text for p in possible) for text in said)
+    three = next(s for s in (shapes.scene("x", i, kind="count") for i in range(99)) if len(s.things) == 3)
+    assert shapes.describe(three) == f"three {three.things[0].color} {shapes.plural(three.things[0].shape)}"
+
+
+def test_the_judge_is_right():
+    accepted, rejected, n, m = evaluate.judge_the_judge(count=150)
+    assert n >= 300 and m >= 600
+    assert accepted >= 0.995 and rejected >= 0.995
+
+
+def test_the_judge_sees_more_than_one_wrong_thing():
+    """An extra thing, an empty picture, and a smudge instead of a shape are wrong too."""
+    from PIL import Image, ImageDraw
+
+    category, scene, _ = next(p for p in evaluate.prompts(1, False) if p[0] == "colors")
+    image = shapes.render(scene)
+    assert evaluate.correct(image, scene, category)
+    t = scene.things[0]
+    extra = image.copy()
+    far = 4 if t.x > 32 else 48
+    ImageDraw.Draw(extra).rectangle((far, 4, far + 11, 15), fill=(230, 20, 20))
+    assert not evaluate.correct(extra, scene, category)
+    assert not evaluate.correct(Image.new("RGB", (64, 64), "white"), scene, category)
+    smudge = Image.new("RGB", (64, 64), "white")
+    ImageDraw.Draw(smudge).ellipse((10, 20, 50, 30), fill=t.rgb)
+    ImageDraw.Draw(smudge).ellipse((10, 24, 22, 50), fill=t.rgb)
+    assert not evaluate.correct(smudge, scene, category)
+
+
+def test_prompts_are_many_and_fixed():
+    seen, held_out = evaluate.prompts(60, False), evaluate.prompts(40, True)
+    assert len(seen) + len(held_out) >= 500
+    assert [c for _, _, c in seen] == [c for _, _, c in evaluate.prompts(60, False)]
+    assert {category for category, _, _ in seen} == set(evaluate.CATEGORIES)
+    for _, scene, caption in held_out:
+        assert any(f"{t.color} {t.shape}" in caption for t in scene.things if (t.color, t.shape) in shapes.HELD_OUT)
