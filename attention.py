@@ -2,6 +2,8 @@
 
 Letters: B batch, H query heads, G key/value heads (H is a multiple of G), L queries, S keys, d head width.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -30,4 +32,17 @@ def attention(q, k, v, *, mask=None, causal=False, dropout=0.0):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if causal and L != S:  # torch aligns its triangle to the first key
         causal, mask = False, (None if L == 1 else torch.ones(L, S, dtype=torch.bool, device=q.device).tril(S - L))
+    half = q.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    if q.device.type == "cpu" and half and torch.is_grad_enabled():
+        return plain_attention(q, k, v, mask, causal, dropout)  # SDPA's half-precision backward on the CPU takes 5 times as long
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+
+
+def plain_attention(q, k, v, mask=None, causal=False, dropout=0.0):
+    """The definition, for as many key/value heads as query heads; causal wants L = S."""
+    if causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])                      # (B, H, L, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return F.dropout(scores.softmax(dim=-1), dropout) @ v

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 import weights
 from data import ShapesWorld, encode_scenes, train_tokenizer
-from harmon import Harmon, HarmonConfig
+from harmon import Harmon
+from pretrained import HarmonConfig, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class Recipe:
 RECIPES = {
     "tiny-llm": Recipe(sources={"text": 32}, steps=1200, trains=("llm.",)),
     "tiny-vae": Recipe(sources={"reconstruct": 16}, steps=2500, trains=("vae.",), after="tiny-llm", compile=True),
-    "tiny-mar": Recipe(sources={"mar": 64}, steps=1000, trains=("mar.",), after="tiny-vae"),
-    "tiny-align": Recipe(sources={"text2image": 64, "image2text": 16}, steps=300, trains=("mar.", "proj_in.", "proj_out."), after="tiny-mar", lr=5e-4),
-    "tiny-joint": Recipe(sources={"text2image": 64, "image2text": 16, "text": 8}, steps=4000, trains=("mar.", "proj_in.", "proj_out.", "llm."), after="tiny-align"),
+    "tiny-mar": Recipe(sources={"mar": 32}, steps=800, trains=("mar.",), after="tiny-vae"),
+    "tiny-align": Recipe(sources={"text2image": 32, "image2text": 12}, steps=200, trains=("mar.", "proj_in.", "proj_out."), after="tiny-mar", lr=5e-4),
+    "tiny-joint": Recipe(sources={"text2image": 32, "image2text": 12, "text": 4}, steps=7000, trains=("mar.", "proj_in.", "proj_out.", "llm."), after="tiny-align"),
 }
 CHAINS = {"tiny": ("tiny-llm", "tiny-vae", "tiny-mar", "tiny-align", "tiny-joint")}
 
@@ -132,7 +133,6 @@ def world(model, recipe, runs):
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         train_tokenizer(model.config.llm.vocab_size).save(str(file))
-    from harmon import load_tokenizer
     model.tokenizer = load_tokenizer(file)
     latents = None
     if not {"reconstruct", "text"} >= set(recipe.sources):
@@ -147,8 +147,10 @@ def world(model, recipe, runs):
 
 def train(name, recipe, runs, device, stop_at=None):
     """Run a recipe to its end (or to step stop_at); returns the last checkpoint's path."""
-    folder = runs / name
+    folder, last = runs / name, stop_at or recipe.steps
     model, step, content = start(name, recipe, runs)
+    if step >= last:
+        return checkpoints(folder)[-1]
     model.to(device).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -161,7 +163,7 @@ def train(name, recipe, runs, device, stop_at=None):
     stopped = []
     handlers = {s: signal.signal(s, lambda *_: stopped.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
     folder.mkdir(parents=True, exist_ok=True)
-    last, sums, began = stop_at or recipe.steps, {}, time.time()
+    sums, began = {}, time.time()
     bar = tqdm(range(step, last), initial=step, total=last, desc=name, disable=None)
     with open(folder / "log.jsonl", "a") as log:
         for step in bar:
@@ -193,15 +195,15 @@ def train(name, recipe, runs, device, stop_at=None):
     for s, handler in handlers.items():
         signal.signal(s, handler)
     if "reconstruct" in recipe.sources and last == recipe.steps:
-        set_latent_scale(folder)
+        set_latent_scale(folder, min(2000, recipe.scenes))
     return checkpoints(folder)[-1]
 
 
-def set_latent_scale(folder):
+def set_latent_scale(folder, count):
     """After the VAE's training: vae_scale = 1 / standard deviation of its latents, written into the checkpoint."""
     path = checkpoints(folder)[-1]
     model, content = load_run(path)
-    latents = encode_scenes(model, "scale", 2000).float() / model.config.vae_scale
+    latents = encode_scenes(model, "scale", count).float() / model.config.vae_scale
     content["config"]["vae_scale"] = round(1 / latents.std().item(), 4)
     with weights.replacing(path) as temporary:
         torch.save(content, temporary)
@@ -223,7 +225,6 @@ def main():
             path = train(name, replace(RECIPES[name], **overrides), args.runs, torch.device(args.device))
         if args.export:
             model, _ = load_run(path)
-            from harmon import load_tokenizer
             model.tokenizer = load_tokenizer(args.runs / "tokenizer.json")
             model.save_pretrained(args.export, dtype=torch.float16)
             print(args.export)

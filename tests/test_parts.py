@@ -32,6 +32,20 @@ def test_attention_is_softmax(heads, kv_heads, L, S):
         attention(q, k, v, mask=mask, causal=True)
 
 
+@pytest.mark.parametrize("options", [dict(), dict(causal=True), dict(mask=torch.ones(5, 5).bool().tril())])
+def test_half_precision_training_path_equals_the_other(options):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        out = attention(*x, **options)
+        out.float().square().sum().backward()
+        gradients.append([out.float()] + [t.grad.float() for t in x])
+    for exact, half in zip(*gradients):
+        assert (exact - half).norm() < 0.02 * exact.norm()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available() or attention_module.flash_attn_func is None, reason="needs CUDA and flash-attn")
 @pytest.mark.parametrize("causal", [False, True])
 def test_flash_attention_equals_sdpa(causal, monkeypatch):
