@@ -3,6 +3,7 @@
     python train.py tiny                 # harmon-tiny from nothing, on the CPU: all stages in order, a few hours
     python train.py tiny-joint           # one of its stages
     python train.py tiny --export checkpoints/harmon-tiny
+    python train.py tiny-joint --init harmon-tiny --runs runs/more --steps 2000 --lr 3e-4     # on from a finished model
 
 Runs live in runs/<recipe>. Every run resumes exactly where its last checkpoint left off: batches and random draws are functions of
 (seed, step), so n steps, an interruption and n more give the weights of 2n. Ctrl-C and SIGTERM save before they end.
@@ -51,7 +52,7 @@ RECIPES = {
     "tiny-vae": Recipe(sources={"reconstruct": 16}, steps=2500, trains=("vae.",), after="tiny-llm", compile=True),
     "tiny-mar": Recipe(sources={"mar": 32}, steps=800, trains=("mar.",), after="tiny-vae"),
     "tiny-align": Recipe(sources={"text2image": 32, "image2text": 12}, steps=200, trains=("mar.", "proj_in.", "proj_out."), after="tiny-mar", lr=5e-4),
-    "tiny-joint": Recipe(sources={"text2image": 32, "image2text": 12, "text": 4}, steps=7000, trains=("mar.", "proj_in.", "proj_out.", "llm."), after="tiny-align"),
+    "tiny-joint": Recipe(sources={"text2image": 32, "image2text": 12, "text": 4}, steps=6000, trains=("mar.", "proj_in.", "proj_out.", "llm."), after="tiny-align"),
 }
 CHAINS = {"tiny": ("tiny-llm", "tiny-vae", "tiny-mar", "tiny-align", "tiny-joint")}
 
@@ -112,12 +113,14 @@ def load_run(path, which="model_ema"):
     return model, content
 
 
-def start(name, recipe, runs):
+def start(name, recipe, runs, init=None):
     """The model a run begins or goes on with, the step it is at, and the checkpoint it came from (None: a new run)."""
     own = checkpoints(runs / name)
     if own:
         model, content = load_run(own[-1], "model")
         return model, content["step"], content
+    if init is not None:
+        return Harmon.from_pretrained(init, device="cpu", dtype=torch.float32), 0, None
     if recipe.after is None:
         torch.manual_seed(recipe.seed)
         return Harmon(HarmonConfig.from_name("harmon-tiny")), 0, None
@@ -132,7 +135,7 @@ def world(model, recipe, runs):
     file = runs / "tokenizer.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        train_tokenizer(model.config.llm.vocab_size).save(str(file))
+        (model.tokenizer or train_tokenizer(model.config.llm.vocab_size)).save(str(file))
     model.tokenizer = load_tokenizer(file)
     latents = None
     if not {"reconstruct", "text"} >= set(recipe.sources):
@@ -145,10 +148,10 @@ def world(model, recipe, runs):
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
-def train(name, recipe, runs, device, stop_at=None):
-    """Run a recipe to its end (or to step stop_at); returns the last checkpoint's path."""
+def train(name, recipe, runs, device, stop_at=None, init=None):
+    """Run a recipe to its end (or to step stop_at), from the model `init` if given; returns the last checkpoint's path."""
     folder, last = runs / name, stop_at or recipe.steps
-    model, step, content = start(name, recipe, runs)
+    model, step, content = start(name, recipe, runs, init)
     if step >= last:
         return checkpoints(folder)[-1]
     model.to(device).train()
@@ -163,7 +166,7 @@ def train(name, recipe, runs, device, stop_at=None):
     stopped = []
     handlers = {s: signal.signal(s, lambda *_: stopped.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
     folder.mkdir(parents=True, exist_ok=True)
-    sums, began = {}, time.time()
+    sums, total, began = {}, sum(recipe.sources.values()), time.time()
     bar = tqdm(range(step, last), initial=step, total=last, desc=name, disable=None)
     with open(folder / "log.jsonl", "a") as log:
         for step in bar:
@@ -171,7 +174,7 @@ def train(name, recipe, runs, device, stop_at=None):
             for task, size in recipe.sources.items():
                 with torch.autocast(device.type, torch.bfloat16, enabled=task != "reconstruct"):
                     loss = loss_fn(model, data.batch(task, step, size), recipe.kl)
-                loss.backward()
+                (loss * size / total).backward()           # every sample of the step counts the same
                 sums.setdefault(task, []).append(loss.detach())
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), recipe.clip)
             for group in optimizer.param_groups:
@@ -213,6 +216,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=[*CHAINS, *RECIPES])
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    parser.add_argument("--init", help="start from this model (a folder, a name) instead of the recipe before")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--export", type=Path, help="at the end, write the averaged weights there as a model folder, in half precision")
     for field in fields(Recipe):
@@ -221,8 +225,9 @@ def main():
     args = parser.parse_args()
     overrides = {f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name, None) is not None}
     try:
-        for name in CHAINS.get(args.recipe, (args.recipe,)):
-            path = train(name, replace(RECIPES[name], **overrides), args.runs, torch.device(args.device))
+        chain = CHAINS.get(args.recipe, (args.recipe,))
+        for name in chain:
+            path = train(name, replace(RECIPES[name], **overrides), args.runs, torch.device(args.device), init=args.init if name == chain[0] else None)
         if args.export:
             model, _ = load_run(path)
             model.tokenizer = load_tokenizer(args.runs / "tokenizer.json")

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 
 def read(path):
@@ -97,7 +98,7 @@ def assign(module, tensors, source, *, device=None, dtype=None):
     if problems:
         raise ValueError(f"{source}: these weights do not fit this model; {'; '.join(problems)}")
     state = {}
-    for p, group in groups.values():
+    for p, group in tqdm(groups.values(), desc=f"loading {source}", disable=None, leave=False, delay=2):
         found = [tensors.pop(name) for name in group if name in tensors]
         state.update(dict.fromkeys(group, found[0].to(device=device, dtype=dtype)))
     module.load_state_dict(state, strict=True, assign=True)

@@ -95,6 +95,13 @@ def test_the_stage_before_must_exist(small_world, tmp_path):
         train.train("tiny-align", train.RECIPES["tiny-align"], tmp_path, torch.device("cpu"))
 
 
+def test_a_run_can_start_from_a_finished_model(small_world, small, tmp_path):
+    shaken = Harmon(HarmonConfig.from_name("harmon-tiny"))
+    shaken.save_pretrained(tmp_path / "model")
+    after = run(replace(TINY_RUN, steps=1, lr=0.0), tmp_path / "runs", init=tmp_path / "model")["model"]
+    assert equal(shaken.state_dict(), after)
+
+
 def test_latent_scale_is_measured(small_world, tmp_path):
     recipe = replace(TINY_RUN, sources={"reconstruct": 4}, trains=("vae.",), steps=3)
     content = run(recipe, tmp_path)

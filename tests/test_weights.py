@@ -192,3 +192,20 @@ def test_names_of_the_published_sizes():
                "mar": {"type": "mar_huge", "img_size": 256, "buffer_size": 64, "diffloss_d": 12, "diffloss_w": 1536, "num_sampling_steps": "100"}}
     assert HarmonConfig.from_json(content) == big
     assert HarmonConfig.from_json(big.to_json()) == big
+
+
+def test_hub_ids_are_fetched(small, tmp_path, monkeypatch):
+    """The hub itself cannot be reached in a test: its download is replaced by a folder, and by a failure."""
+    import huggingface_hub
+
+    small.save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(tmp_path))
+    assert Harmon.from_pretrained("wusize/Harmon-0_5B").config == SMALL
+    assert asked == [("wusize/Harmon-0_5B", ["*.json", "*.safetensors"])]
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("no way\nthere")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(FileNotFoundError, match=r"wusize/Harmon-0_5B: no such folder, and fetching it from the hub failed \(ConnectionError: no way\)"):
+        Harmon.from_pretrained("wusize/Harmon-0_5B")
