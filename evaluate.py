@@ -3,6 +3,7 @@
     python evaluate.py                                   # harmon-tiny, 520 prompts at 16 steps, questions, reconstruction
     python evaluate.py --steps 4 8 16 32 64              # the paper's Table S2 in small
     python evaluate.py --judge                           # is the judge itself right? on rendered truth and on wrong pictures
+    python evaluate.py --losses                          # head loss by the share of tokens that is masked, with and without the caption
 
 The judge is exact pixel analysis (color, connected components, outline); no model is involved. "seen" prompts name combinations of color and
 shape that training showed, "held-out" prompts one that it never did (GenEval's first two categories name no colors, so they have no held-out half).
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 import shapes
 from data import render_pixels
-from harmon import Harmon
+from harmon import GENERATE, UNCONDITIONAL, Harmon
 
 CATEGORIES = ("one object", "two objects", "counting", "colors", "position", "attribution")
 KIND = dict(zip(CATEGORIES, ("single", "pair", "count", "single", "pair", "pair")))
@@ -215,6 +216,25 @@ def reconstruction_psnr(model, count):
     return (10 * torch.log10(4 / torch.cat(errors))).mean().item()
 
 
+@torch.no_grad()
+def masked_losses(model, ratios, count):
+    """[(ratio, loss with captions, loss without)] of the diffusion head on `count` fresh scenes; the same masks, t and noise for both."""
+    scenes = [shapes.scene("evaluate/losses", i) for i in range(count)]
+    latents = model.encode(render_pixels(scenes))
+    B, h, w, _ = latents.shape
+    with_caption = model.pad([model.prompt_ids(GENERATE.format(caption=shapes.describe(s))) for s in scenes])
+    without = model.pad([model.prompt_ids(UNCONDITIONAL)] * count)
+    rows = []
+    for ratio in ratios:
+        torch.manual_seed(0)
+        mask, losses = model.draw_mask(B, h * w, ratio), []
+        for ids, real in (with_caption, without):
+            torch.manual_seed(1)
+            losses.append(model.text2image_loss(None, ids.to(model.device), real.to(model.device), latents=latents, mask=mask).item())
+        rows.append((ratio, *losses))
+    return rows
+
+
 def row(name, scores, seconds=None):
     cells = [f"{scores[c]:.3f}" if c in scores else "–" for c in CATEGORIES]
     return f"| {name} | {' | '.join(cells)} | {sum(scores.values()) / len(scores):.3f} | {'' if seconds is None else f'{seconds:.0f} s'} |"
@@ -232,6 +252,7 @@ def main():
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--out", type=Path, help="write a contact sheet of each split and scores.json there")
     parser.add_argument("--judge", action="store_true", help="validate the judge instead")
+    parser.add_argument("--losses", action="store_true", help="print head losses by masking ratio instead")
     args = parser.parse_args()
     if args.judge:
         right, rejected, n, m = judge_the_judge()
@@ -239,6 +260,11 @@ def main():
         return
     try:
         model = Harmon.from_pretrained(args.model)
+        if args.losses:
+            print("| masked | with caption | without |\n|---|---|---|")
+            for values in masked_losses(model, (1.0, 0.9, 0.7, 0.5, 0.3, 0.1), 100):
+                print("| %.1f | %.4f | %.4f |" % values)
+            return
         results = {"settings": {k: str(v) for k, v in vars(args).items()}}
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)

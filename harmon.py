@@ -193,11 +193,12 @@ class Harmon(nn.Module):
 
     # -- losses --
 
-    def draw_mask(self, B, N):
-        """(B, N) bool: one ratio for the batch, from a normal (1, 0.25) truncated to [0.7, 1], that many tokens hidden in each row."""
-        low = 0.5 * math.erfc(1.2 / math.sqrt(2))                                    # Φ((0.7 - 1) / 0.25)
-        ratio = 1 + 0.25 * float(torch.special.ndtri(low + (0.5 - low) * torch.rand((), dtype=torch.float64)))
-        count = min(N, math.ceil(ratio * N))
+    def draw_mask(self, B, N, ratio=None):
+        """(B, N) bool, ceil(ratio · N) tokens hidden at random in each row. ratio: default a draw from a normal (1, 0.25) truncated to [0.7, 1]."""
+        if ratio is None:
+            low = 0.5 * math.erfc(1.2 / math.sqrt(2))                                # Φ((0.7 - 1) / 0.25)
+            ratio = 1 + 0.25 * float(torch.special.ndtri(low + (0.5 - low) * torch.rand((), dtype=torch.float64)))
+        count = max(1, min(N, math.ceil(ratio * N)))
         hidden = torch.rand(B, N, device=self.device).argsort(dim=1)[:, :count]
         return torch.zeros(B, N, dtype=torch.bool, device=self.device).scatter(1, hidden, True)
 

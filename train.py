@@ -42,6 +42,7 @@ class Recipe:
     ema: float = 0.998            # averaged weights are what is evaluated and handed on
     scenes: int = 40_000          # pictures whose latents are cached
     kl: float = 2e-3              # of the VAE's loss
+    cosine_mask: bool = False     # masking ratios as the sampler meets them, cos(π/2 · u), instead of the paper's [0.7, 1]
     seed: int = 0
     save_every: int = 200         # steps
     compile: bool = False         # torch.compile the loss
@@ -50,29 +51,31 @@ class Recipe:
 RECIPES = {
     "tiny-llm": Recipe(sources={"text": 32}, steps=1200, trains=("llm.",)),
     "tiny-vae": Recipe(sources={"reconstruct": 16}, steps=2500, trains=("vae.",), after="tiny-llm", compile=True),
-    "tiny-mar": Recipe(sources={"mar": 32}, steps=800, trains=("mar.",), after="tiny-vae"),
-    "tiny-align": Recipe(sources={"text2image": 32, "image2text": 12}, steps=200, trains=("mar.", "proj_in.", "proj_out."), after="tiny-mar", lr=5e-4),
-    "tiny-joint": Recipe(sources={"text2image": 32, "image2text": 12, "text": 4}, steps=6000, trains=("mar.", "proj_in.", "proj_out.", "llm."), after="tiny-align"),
+    "tiny-mar": Recipe(sources={"mar": 32}, steps=800, trains=("mar.",), after="tiny-vae", cosine_mask=True),
+    "tiny-align": Recipe(sources={"text2image": 32, "image2text": 12}, steps=200, trains=("mar.", "proj_in.", "proj_out."), after="tiny-mar", lr=5e-4, cosine_mask=True),
+    "tiny-joint": Recipe(sources={"text2image": 32, "image2text": 12, "text": 4}, steps=6000, trains=("mar.", "proj_in.", "proj_out.", "llm."), after="tiny-align",
+                         cosine_mask=True),
 }
 CHAINS = {"tiny": ("tiny-llm", "tiny-vae", "tiny-mar", "tiny-align", "tiny-joint")}
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
-def loss_of(model, batch, kl):
-    """The loss of a batch, by its task. kl weighs the VAE's divergence against the squared error."""
+def loss_of(model, batch, recipe):
+    """The loss of a batch, by its task."""
     task, batch = batch["task"], {k: v for k, v in batch.items() if k != "task"}
     if task == "reconstruct":
         posterior = model.vae.encode(batch["pixels"])
-        return (model.vae.decode(posterior.sample()) - batch["pixels"]).square().mean() + kl * posterior.kl().mean()
+        return (model.vae.decode(posterior.sample()) - batch["pixels"]).square().mean() + recipe.kl * posterior.kl().mean()
+    if task in ("mar", "text2image"):
+        B, h, w, C = batch["latents"].shape
+        mask = model.draw_mask(B, h * w, math.cos(math.pi / 2 * torch.rand(()).item()) if recipe.cosine_mask else None)
     if task == "mar":  # MAR by itself: no text, the buffers carry nothing but what they read off the visible tokens
-        latents, mar = batch["latents"], model.mar
-        B, h, w, C = latents.shape
-        mask, mul = model.draw_mask(B, h * w), mar.config.diffusion_batch_mul
+        latents, mar, mul = batch["latents"], model.mar, model.mar.config.diffusion_batch_mul
         z = mar.decode(mar.encode(latents.view(B, h * w, C), mask, (h, w)), mask, (h, w))
         return mar.diffloss.loss(z.flatten(0, 1).repeat(mul, 1), latents.view(-1, C).repeat(mul, 1), mask.flatten().repeat(mul))
     if task == "text2image":
-        return model.text2image_loss(None, **batch)
+        return model.text2image_loss(None, mask=mask, **batch)
     return model.image2text_loss(None, **batch)
 
 
@@ -173,7 +176,7 @@ def train(name, recipe, runs, device, stop_at=None, init=None):
             torch.manual_seed(recipe.seed * 1_000_003 + step)  # every draw of this step: dropout, masks, t, noise
             for task, size in recipe.sources.items():
                 with torch.autocast(device.type, torch.bfloat16, enabled=task != "reconstruct"):
-                    loss = loss_fn(model, data.batch(task, step, size), recipe.kl)
+                    loss = loss_fn(model, data.batch(task, step, size), recipe)
                 (loss * size / total).backward()           # every sample of the step counts the same
                 sums.setdefault(task, []).append(loss.detach())
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), recipe.clip)
