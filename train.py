@@ -53,7 +53,7 @@ RECIPES = {
     "tiny-vae": Recipe(sources={"reconstruct": 16}, steps=2500, trains=("vae.",), after="tiny-llm", compile=True),
     "tiny-mar": Recipe(sources={"mar": 32}, steps=800, trains=("mar.",), after="tiny-vae", cosine_mask=True),
     "tiny-align": Recipe(sources={"text2image": 32, "image2text": 12}, steps=200, trains=("mar.", "proj_in.", "proj_out."), after="tiny-mar", lr=5e-4, cosine_mask=True),
-    "tiny-joint": Recipe(sources={"text2image": 32, "image2text": 12, "text": 4}, steps=6000, trains=("mar.", "proj_in.", "proj_out.", "llm."), after="tiny-align",
+    "tiny-joint": Recipe(sources={"text2image": 32, "image2text": 12, "text": 4}, steps=5600, trains=("mar.", "proj_in.", "proj_out.", "llm."), after="tiny-align",
                          cosine_mask=True),
 }
 CHAINS = {"tiny": ("tiny-llm", "tiny-vae", "tiny-mar", "tiny-align", "tiny-joint")}
