@@ -339,7 +339,7 @@ class Harmon(nn.Module):
         path = locate(path)
         tensors = weights.read(path)
         if path.is_dir():
-            tokenizer = tokenizer or path
+            tokenizer = tokenizer or (path if (path / "tokenizer.json").is_file() else None)
             if config is None:
                 config = HarmonConfig.from_json(read_json(path / "config.json"), path / "config.json")
         config = config or infer_config(tensors, path)
