@@ -255,7 +255,7 @@ class Harmon(nn.Module):
         ids = self.tokenize(USER) + [IMAGE_TOKEN_ID] * image_tokens if image_tokens else []
         text = "\n" if image_tokens else USER
         for i, turn in enumerate(turns):
-            text += ("" if i == 0 else f"{USER}") + f"{turn}{END}\n{ASSISTANT}"
+            text += ("" if i == 0 else USER) + f"{turn}{END}\n{ASSISTANT}"
             if i < len(history):
                 text += f"{history[i][1]}{END}\n"
         return ids + self.tokenize(text)
@@ -274,6 +274,7 @@ class Harmon(nn.Module):
             raise ValueError(f"size {H}x{W} is not possible: height and width must be positive multiples of {s} pixels")
         return H // s, W // s
 
+    @torch.no_grad()
     def generate_image(self, prompts, *, size=None, seed=0, cfg=3.0, image=None, mask=None, **sampling):
         """Draw one PIL image for each prompt.
 
