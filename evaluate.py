@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import shapes
-from data import render_pixels
 from harmon import GENERATE, UNCONDITIONAL, Harmon
+from images import image_to_pixels
 
 CATEGORIES = ("one object", "two objects", "counting", "colors", "position", "attribution")
 KIND = dict(zip(CATEGORIES, ("single", "pair", "count", "single", "pair", "pair")))
@@ -208,10 +208,14 @@ def question_scores(model, count):
     return {k: sum(v) / len(v) for k, v in (verdicts | halves).items()}, sum(map(len, verdicts.values()))
 
 
+def rendered(scene):
+    return image_to_pixels(shapes.render(scene), (shapes.SIZE, shapes.SIZE))
+
+
 @torch.no_grad()
 def reconstruction_psnr(model, count):
     """Mean PSNR in dB of decode(encode(x)) over `count` fresh scenes, peak 2 for pixels in [-1, 1]."""
-    pixels = render_pixels([shapes.scene("evaluate/psnr", i) for i in range(count)]).to(model.device)
+    pixels = torch.cat([rendered(shapes.scene("evaluate/psnr", i)) for i in range(count)]).to(model.device)
     errors = [(model.decode(model.encode(part)).float().clamp(-1, 1) - part).square().mean(dim=(1, 2, 3)) for part in pixels.split(50)]
     return (10 * torch.log10(4 / torch.cat(errors))).mean().item()
 
@@ -220,7 +224,7 @@ def reconstruction_psnr(model, count):
 def masked_losses(model, ratios, count):
     """[(ratio, loss with captions, loss without)] of the diffusion head on `count` fresh scenes; the same masks, t and noise for both."""
     scenes = [shapes.scene("evaluate/losses", i) for i in range(count)]
-    latents = model.encode(render_pixels(scenes))
+    latents = model.encode(torch.cat([rendered(s) for s in scenes]))
     B, h, w, _ = latents.shape
     with_caption = model.pad([model.prompt_ids(GENERATE.format(caption=shapes.describe(s))) for s in scenes])
     without = model.pad([model.prompt_ids(UNCONDITIONAL)] * count)

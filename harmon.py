@@ -12,14 +12,13 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 import weights
+from images import image_to_pixels, pad_to_square, pixels_to_images
 from llm import KVCache, Qwen2
 from mar import MAR
 from pretrained import END, PAD, HarmonConfig, infer_config, load_tokenizer, locate, read_json
@@ -29,29 +28,7 @@ IMAGE_TOKEN_ID = -200            # in input_ids: a position that an image embedd
 IGNORE_INDEX = -100              # in labels: no loss here
 USER, ASSISTANT = "<|im_start|>user\n", "<|im_start|>assistant\n"
 GENERATE, UNCONDITIONAL = "Generate an image: {caption}", "Generate an image."
-GRADIENT_INTO_IMAGE = 0.1        # scale of the understanding loss's gradient into z_enc
-
-
-# ---- images ----------------------------------------------------------------------------------------------------------
-
-def image_to_pixels(image, size):
-    """PIL image -> (1, 3, H, W) in [-1, 1], resized to size = (H, W) as it is."""
-    image = image.convert("RGB").resize((size[1], size[0]), Image.BICUBIC)
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-def pad_to_square(image):
-    """PIL image centred on a square of grey 127: how images come to be understood."""
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), (127, 127, 127))
-    square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
-def pixels_to_images(pixels):
-    """(B, 3, H, W) -> list of PIL images."""
-    pixels = (127.5 * pixels.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(p) for p in pixels]
+GRADIENT_INTO_IMAGE = 0.1        # scale of the gradient into z_enc where the image is only looked at (paper, section 3.4)
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -72,7 +49,7 @@ class Harmon(nn.Module):
         if config.vae.stride != config.mar.vae_stride or config.vae.z_channels != config.mar.token_dim:
             raise ValueError(f"the VAE has stride {config.vae.stride} and {config.vae.z_channels} channels, the MAR expects "
                              f"{config.mar.vae_stride} and {config.mar.token_dim}")
-        self.config, self.tokenizer = config, None
+        self.config, self.tokenizer, self.gradient_into_image = config, None, GRADIENT_INTO_IMAGE
         D, H = config.mar.embed_dim, config.llm.hidden_size
         self.vae, self.llm, self.mar = AutoencoderKL(config.vae), Qwen2(config.llm), MAR(config.mar)
         self.proj_in = nn.Sequential(nn.Linear(D, H), nn.SiLU(), nn.Linear(H, H))
@@ -110,6 +87,11 @@ class Harmon(nn.Module):
         z_enc = self.proj_in(x_enc)
         return x_enc, torch.cat([z_enc[:, self.mar.config.buffer_size:], z_enc[:, :self.mar.config.buffer_size]], dim=1)
 
+    def seen_features(self, latents):
+        """z_enc (B, N+n, H) of whole images, for prompts that hold them; of the gradient only a part passes."""
+        _, z_enc = self.visual_features(latents)
+        return self.gradient_into_image * z_enc + (1 - self.gradient_into_image) * z_enc.detach()
+
     def back_to_mar(self, x_enc, z_llm):
         """LLM outputs of the image and buffer tokens, as a residual on what the MAR encoder gave: (B, n+V, D), buffers first."""
         z_llm, n = self.proj_out(z_llm), self.mar.config.buffer_size
@@ -118,7 +100,7 @@ class Harmon(nn.Module):
     def masked_features(self, latents, mask, input_ids, attention_mask):
         """x_enc + proj_out(LLM(prompt, z_enc)): what the MAR decoder gets. Shapes as above; returns (B, n+V, D)."""
         x_enc, z_enc = self.visual_features(latents, mask)
-        text = self.llm.model.embed_tokens(input_ids)
+        text = self.embed(input_ids, self.seen_features(latents) if (input_ids == IMAGE_TOKEN_ID).any() else None)
         real = torch.cat([attention_mask, attention_mask.new_ones(z_enc.shape[:2])], dim=1)
         hidden = self.llm(inputs_embeds=torch.cat([text, z_enc.to(text.dtype)], dim=1), attention_mask=real)
         return self.back_to_mar(x_enc, hidden[:, text.shape[1]:])
@@ -205,6 +187,7 @@ class Harmon(nn.Module):
     def text2image_loss(self, pixels, input_ids, attention_mask, *, latents=None, mask=None, t=None, noise=None):
         """Head loss over the masked tokens of images (B, 3, s·h, s·w), or of their latents (B, h, w, C), given prompts (B, L).
 
+        Where input_ids are IMAGE_TOKEN_ID, buffer_size + N of them in each prompt, the model sees the whole image itself (RecA, 2509.07295).
         mask (B, N) bool; t (R,) and noise (R, C) with R = diffusion_batch_mul · B · N, the list of all tokens repeated as a whole.
         """
         if latents is None:
@@ -226,7 +209,7 @@ class Harmon(nn.Module):
         return embeds if z_enc is None else embeds.masked_scatter(image[..., None], z_enc.to(embeds.dtype))
 
     def image2text_loss(self, pixels, input_ids, attention_mask, labels, *, latents=None):
-        """Mean cross-entropy of the labelled tokens (labels (B, L), -100 = none), given images or their latents.
+        """Mean cross-entropy of the labelled tokens (labels (B, L), -100 = none), given images or their latents; 0 when there are none.
 
         input_ids (B, L) hold IMAGE_TOKEN_ID at the buffer_size + N positions of each image. Without pixels and latents: text only.
         """
@@ -235,12 +218,11 @@ class Harmon(nn.Module):
             if latents is None:
                 with torch.no_grad():
                     latents = self.encode(pixels)
-            _, z_enc = self.visual_features(latents)
-            z_enc = GRADIENT_INTO_IMAGE * z_enc + (1 - GRADIENT_INTO_IMAGE) * z_enc.detach()
+            z_enc = self.seen_features(latents)
         hidden = self.llm(inputs_embeds=self.embed(input_ids, z_enc), attention_mask=attention_mask)
         counted = labels[:, 1:] != IGNORE_INDEX                                      # position i predicts label i + 1
         logits = self.llm.logits(hidden[:, :-1][counted])
-        return F.cross_entropy(logits.float(), labels[:, 1:][counted])
+        return F.cross_entropy(logits.float(), labels[:, 1:][counted], reduction="sum") / counted.sum().clamp(min=1)
 
     # -- text in, images out; images in, text out --
 

@@ -193,3 +193,20 @@ class Qwen2(nn.Module):
             yield token.item()
             if i + 1 < max_new_tokens:
                 hidden = self(token[:, None], cache=cache)
+
+    @torch.no_grad()
+    def generate_batch(self, input_ids, attention_mask, *, max_new_tokens, eos_token_id):
+        """Greedy decoding of several prompts (B, L), padded on the right (attention_mask (B, L) bool, True = real): a list of B lists of ids, without eos."""
+        cache, real = KVCache(), attention_mask
+        hidden = self(input_ids, attention_mask=real, cache=cache)
+        last = real.sum(dim=1, keepdim=True) - 1                                # (B, 1), each row's last real position
+        hidden = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
+        said = []
+        for i in range(max_new_tokens):
+            said.append(self.logits(hidden[:, -1]).argmax(dim=-1))              # (B,)
+            if i + 1 == max_new_tokens or (torch.stack(said) == eos_token_id).any(dim=0).all():
+                break
+            real = torch.cat([real, real.new_ones(real.shape[0], 1)], dim=1)
+            hidden = self(said[-1][:, None], attention_mask=real, cache=cache)
+        rows = torch.stack(said, dim=1).tolist()                                # (B, ≤ max_new_tokens)
+        return [row[:row.index(eos_token_id)] if eos_token_id in row else row for row in rows]

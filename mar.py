@@ -93,6 +93,15 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def sines(grid, width):
+    """(grid², width): sines and cosines of row and column, of wavelengths from 4 tokens to 4 · grid, in equal parts."""
+    n = width // 4
+    frequency = torch.pi / 2 * grid ** (-torch.arange(n) / n)
+    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    angles = [place.flatten()[:, None] * frequency for place in (rows, columns)]              # 2 × (grid², n)
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)] + [torch.zeros(grid ** 2, width - 4 * n)], dim=1)
+
+
 def visible_index(mask):
     """Positions of the visible tokens, (B, V) int64 in ascending order. mask (B, N): True = hidden, equally many in each row."""
     hidden = mask.sum(dim=1)
@@ -122,6 +131,11 @@ class MAR(nn.Module):
         self.diffloss = DiffusionHead(c.token_dim, D, c.head_depth, c.head_width, c.diffusion_steps, c.x0_clip)
 
     def init_weights(self):
+        """Position embeddings start as sines and cosines of row and column, and queries equal to keys, so that attention is local from the start.
+
+        It decides whether a small model learns in minutes to look at its neighbors, or in hours (MAE, 2111.06377; mimetic initialization, 2305.09828).
+        """
+        c = self.config
         for p in (self.class_emb.weight, self.fake_latent, self.mask_token, self.encoder_pos_embed_learned, self.decoder_pos_embed_learned,
                   self.diffusion_pos_embed_learned):
             nn.init.normal_(p, std=0.02)
@@ -129,6 +143,13 @@ class MAR(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            for block in [*self.encoder_blocks, *self.decoder_blocks]:
+                q, k, _ = block.attn.qkv.weight.chunk(3)
+                k.copy_(nn.init.xavier_uniform_(q, gain=1.13))
+            place = sines(c.grid, c.embed_dim)
+            for table in (self.encoder_pos_embed_learned, self.decoder_pos_embed_learned):
+                table[:, c.buffer_size:] = place
 
     def position_embedding(self, table, grid):
         """table (1, n + N₀, D) or (1, N₀, D) for the native grid -> the same for `grid` = (h, w), resized bilinearly."""

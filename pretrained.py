@@ -35,6 +35,14 @@ class HarmonConfig:
         return cls(QwenConfig.from_name(llm), MARConfig.from_name(mar))
 
     @classmethod
+    def of(cls, model):
+        """The configuration of a model, without its weights: of a name known to `from_name`, or of anything `locate` finds that has a config.json."""
+        if model in ("harmon-0.5b", "harmon-1.5b"):
+            return cls.from_name(model)
+        file = locate(model) / "config.json"
+        return cls.from_json(read_json(file), file)
+
+    @classmethod
     def from_json(cls, content, source="config.json"):
         """The dictionary of a config.json: Hugging Face's for Harmon, or what `to_json` gives."""
         try:
@@ -64,9 +72,9 @@ MAR_KEYS = {  # the official config's names -> ours
 
 TINY = HarmonConfig(
     llm=QwenConfig(vocab_size=512, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2),
-    mar=MARConfig(img_size=64, vae_stride=8, embed_dim=192, encoder_depth=4, decoder_depth=4, num_heads=6, buffer_size=8, token_dim=8, class_num=1,
-                  dropout=0.0, head_depth=3, head_width=256, x0_clip=8.0),
-    vae=VAEConfig(ch=32, ch_mult=(1, 1, 2, 2), z_channels=8), vae_scale=1.0)
+    mar=MARConfig(img_size=64, vae_stride=8, embed_dim=192, encoder_depth=4, decoder_depth=4, num_heads=6, buffer_size=8, token_dim=4, class_num=1,
+                  dropout=0.0, head_depth=3, head_width=192, x0_clip=6.0),
+    vae=VAEConfig(ch=32, ch_mult=(1, 1, 2, 2), z_channels=4), vae_scale=1.0)
 
 
 def infer_config(tensors, source):

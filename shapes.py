@@ -24,7 +24,8 @@ NUMBERS = ("no", "one", "two", "three", "four")
 INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 SIDES = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
-DIAMETERS = {"single": (22, 44), "pair": (18, 28), 2: (17, 25), 3: (16, 21), 4: (15, 19)}          # pixels, by kind of scene
+DIAMETERS = {"single": (24, 32, 40), "pair": (20, 24, 28), 2: (20, 24), 3: (20,), 4: (20,)}        # pixels, by kind of scene
+LATTICE = 4                                                                                        # pixels between places for centers
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,16 @@ def outline(shape, x, y, size):
 
 
 def shade(color, rng):
-    hue = (HUES[color] + rng.uniform(-6, 6)) / 360 % 1
-    return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue, rng.uniform(.75, 1), rng.uniform(.7, 1)))
+    hue = (HUES[color] + rng.uniform(-4, 4)) / 360 % 1
+    return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue, rng.uniform(.85, 1), rng.uniform(.75, 1)))
 
 
 def place(kind, n, rng):
-    """n centers and diameters that stay inside the picture and apart from each other. A pair lies clearly along one axis."""
-    low, high = DIAMETERS[kind if n == 1 or kind == "pair" else n]
+    """n centers, on the lattice, and diameters; inside the picture and apart from each other. A pair lies clearly along one axis."""
+    sizes = DIAMETERS[kind if n == 1 or kind == "pair" else n]
+    inside = {s: range(LATTICE * (s // 2 // LATTICE + 1), SIZE - s // 2, LATTICE) for s in sizes}
     while True:
-        spots = [(rng.uniform(s / 2 + 1, SIZE - s / 2 - 1), rng.uniform(s / 2 + 1, SIZE - s / 2 - 1), s) for s in (rng.uniform(low, high) for _ in range(n))]
+        spots = [(rng.choice(inside[s]), rng.choice(inside[s]), s) for s in rng.choices(sizes, k=n)]
         far = all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) > (a[2] + b[2]) / 2 + 3 for i, a in enumerate(spots) for b in spots[:i])
         if far and kind == "pair":
             dx, dy = abs(spots[0][0] - spots[1][0]), abs(spots[0][1] - spots[1][1])
@@ -94,8 +96,8 @@ def scene(seed, index, *, held_out=False, kind=None):
         kinds = [first] * (1 if kind == "single" else rng.choice((2, 3, 4)))
     color_of = {c: shade(c, rng) for c, _ in kinds}
     things = tuple(Thing(c, s, *spot, color_of[c]) for (c, s), spot in zip(kinds, place(kind, len(kinds), rng)))
-    grey, tint = rng.uniform(190, 250), [rng.uniform(-10, 10) for _ in range(3)]
-    slope = rng.uniform(-25, 25)
+    grey, tint = rng.uniform(195, 245), [rng.uniform(-6, 6) for _ in range(3)]
+    slope = rng.uniform(-15, 15)
     background = tuple(tuple(round(min(255, max(0, grey + t + d))) for t in tint) for d in (-slope, slope))
     return Scene(kind, things, background)
 
@@ -213,6 +215,21 @@ FACTS = (
     ("What are you?", "I am a tiny model of a world of shapes."),
     ("Hello!", "Hello! Ask me about shapes."),
 )
+
+
+def reading_turns(scene, rng):
+    """Text alone: facts, or questions about a scene that a sentence stands in for. [(question, answer), …]"""
+    if rng.random() < 0.1:
+        return [rng.choice(FACTS)]
+    turns = [(q, a) for kind, q, a in rng.sample(questions(scene, rng), 3) if kind != "describe"]
+    told = describe(scene) if scene.kind != "pair" or rng.random() < 0.5 else caption(scene, rng, style="color position")
+    return [(f"{told}\n{turns[0][0]}", turns[0][1])] + turns[1:]
+
+
+def looking_turns(scene, rng):
+    """Two or three questions about a picture; a fact now and then, so that not every answer is sought in the picture."""
+    turns = [(q, a) for _, q, a in rng.sample(questions(scene, rng), rng.choice((2, 3)))]
+    return turns + ([rng.choice(FACTS)] if rng.random() < 0.05 else [])
 
 
 if __name__ == "__main__":
