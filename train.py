@@ -1,96 +1,73 @@
-"""Training. One loop, a table of recipes.
+"""Training: one loop, a table of recipes. The same file on a laptop and on many GPUs.
 
-    python train.py tiny                 # harmon-tiny from nothing, on the CPU: all stages in order, a few hours
-    python train.py tiny-joint           # one of its stages
-    python train.py tiny --export checkpoints/harmon-tiny
-    python train.py tiny-joint --init harmon-tiny --runs runs/more --steps 2000 --lr 3e-4     # on from a finished model
+    python train.py tiny                                            # harmon-tiny from nothing, on a CPU: its stages in order
+    python train.py stage3 --dry-run                                # what would be trained, how, in how much memory
+    torchrun --nproc_per_node=8 train.py finetune --init wusize/Harmon-1_5B --mixture mixture.json
+    torchrun --nproc_per_node=8 --nnodes=4 train.py stage1 --config harmon-1.5b --init-llm Qwen2.5-1.5B --init-mar mar_huge.pth --vae kl16.ckpt --mixture m.json
 
-Runs live in runs/<recipe>. Every run resumes exactly where its last checkpoint left off: batches and random draws are functions of
-(seed, step), so n steps, an interruption and n more give the weights of 2n. Ctrl-C and SIGTERM save before they end.
-
-As the paper starts from a pretrained MAR and a pretrained Qwen2.5 (its section 3.4), harmon-tiny starts from its own: a language
-model that has read the world's text, a VAE and a MAR that has seen its pictures; then alignment (stage I) and joint training (stage II).
+Runs live in runs/<recipe>; the same command goes on from the last checkpoint. Every micro-batch and every random draw of it is a function of
+(seed, number of the micro-batch), so n steps, a kill and n more give the weights of 2n, bit for bit, and the number of processes changes
+nothing but the order of sums. Ctrl-C and SIGTERM save before they end.
 """
 import argparse
-import json
+import contextlib
 import math
+import os
+import random
 import signal
 import sys
-import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import weights
-from data import ShapesWorld, encode_scenes, train_tokenizer
+from data import Batches, Ledger, Source, open_mixture, to_model, train_tokenizer
 from harmon import Harmon
+from latents import LatentCache, cache_latents
+from monitor import Monitor, plot
 from pretrained import HarmonConfig, load_tokenizer
-
-
-@dataclass(frozen=True)
-class Recipe:
-    sources: dict                 # task -> samples a step; each is one micro-batch
-    steps: int
-    trains: tuple                 # prefixes of the parameters that are trained; the rest is frozen
-    after: str | None = None      # the recipe whose averaged weights it starts from
-    lr: float = 1e-3              # peak; linear warm-up, then cosine to 0
-    warmup: int = 100             # steps
-    weight_decay: float = 0.02    # none on 1-D parameters and the diffusion head
-    clip: float = 1.0             # norm of the gradient
-    ema: float = 0.998            # averaged weights are what is evaluated and handed on
-    scenes: int = 40_000          # pictures whose latents are cached
-    kl: float = 2e-3              # of the VAE's loss
-    cosine_mask: bool = False     # masking ratios as the sampler meets them, cos(π/2 · u), instead of the paper's [0.7, 1]
-    seed: int = 0
-    save_every: int = 200         # steps
-    compile: bool = False         # torch.compile the loss
-
-
-RECIPES = {
-    "tiny-llm": Recipe(sources={"text": 32}, steps=1200, trains=("llm.",)),
-    "tiny-vae": Recipe(sources={"reconstruct": 16}, steps=2500, trains=("vae.",), after="tiny-llm", compile=True),
-    "tiny-mar": Recipe(sources={"mar": 32}, steps=800, trains=("mar.",), after="tiny-vae", cosine_mask=True),
-    "tiny-align": Recipe(sources={"text2image": 32, "image2text": 12}, steps=200, trains=("mar.", "proj_in.", "proj_out."), after="tiny-mar", lr=5e-4, cosine_mask=True),
-    "tiny-joint": Recipe(sources={"text2image": 32, "image2text": 12, "text": 4}, steps=5600, trains=("mar.", "proj_in.", "proj_out.", "llm."), after="tiny-align",
-                         cosine_mask=True),
-}
-CHAINS = {"tiny": ("tiny-llm", "tiny-vae", "tiny-mar", "tiny-align", "tiny-joint")}
+from recipes import CHAINS, PARTS, RECIPES, Recipe, accumulation, dry_run, named_numbers, override, parameter_groups, schedule
+from sources import open_source
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
-def loss_of(model, batch, recipe):
-    """The loss of a batch, by its task."""
-    task, batch = batch["task"], {k: v for k, v in batch.items() if k != "task"}
-    if task == "reconstruct":
-        posterior = model.vae.encode(batch["pixels"])
-        return (model.vae.decode(posterior.sample()) - batch["pixels"]).square().mean() + recipe.kl * posterior.kl().mean()
-    if task in ("mar", "text2image"):
-        B, h, w, C = batch["latents"].shape
-        mask = model.draw_mask(B, h * w, math.cos(math.pi / 2 * torch.rand(()).item()) if recipe.cosine_mask else None)
-    if task == "mar":  # MAR by itself: no text, the buffers carry nothing but what they read off the visible tokens
-        latents, mar, mul = batch["latents"], model.mar, model.mar.config.diffusion_batch_mul
+class Losses(nn.Module):
+    """The loss of a batch by its task, as a module, so that DistributedDataParallel sees one forward pass."""
+
+    def __init__(self, model, recipe):
+        super().__init__()
+        self.model, self.cosine_mask, self.kl = model, recipe.cosine_mask, recipe.kl
+
+    def forward(self, task, batch):
+        model = self.model
+        if task == "reconstruct":
+            posterior = model.vae.encode(batch["pixels"])
+            return (model.vae.decode(posterior.sample()) - batch["pixels"]).square().mean() + self.kl * posterior.kl().mean()
+        if task in ("text", "image2text"):
+            return model.image2text_loss(**{"pixels": None} | batch)
+        latents = batch["latents"] if "latents" in batch else self.encode(batch["pixels"])
+        B, h, w, C = latents.shape
+        mask = model.draw_mask(B, h * w, math.cos(math.pi / 2 * torch.rand(()).item()) if self.cosine_mask else None)
+        if task != "mar":
+            return model.text2image_loss(None, batch["input_ids"], batch["attention_mask"], latents=latents, mask=mask)
+        mar, mul = model.mar, model.mar.config.diffusion_batch_mul   # by itself: the buffers carry nothing but what they read off the visible tokens
         z = mar.decode(mar.encode(latents.view(B, h * w, C), mask, (h, w)), mask, (h, w))
         return mar.diffloss.loss(z.flatten(0, 1).repeat(mul, 1), latents.view(-1, C).repeat(mul, 1), mask.flatten().repeat(mul))
-    if task == "text2image":
-        return model.text2image_loss(None, mask=mask, **batch)
-    return model.image2text_loss(None, **batch)
+
+    @torch.no_grad()
+    def encode(self, pixels):
+        return self.model.encode(pixels)
 
 
-def parameter_groups(model, recipe):
-    """What is trained, in two groups: with weight decay and without. Everything else is frozen."""
-    decayed, plain = [], []
-    for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith(recipe.trains))
-        if p.requires_grad:
-            (plain if p.ndim <= 1 or ".diffloss." in name else decayed).append(p)
-    return [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-
-
-def learning_rate(recipe, step):
-    return recipe.lr * min(1.0, (step + 1) / recipe.warmup) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+def blocks_of(model):
+    return [*model.mar.encoder_blocks, *model.mar.decoder_blocks, *model.llm.model.layers]
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -99,146 +76,270 @@ def checkpoints(folder):
     return sorted(Path(folder).glob("step-*.pt"))
 
 
-def save(folder, step, model, averaged, optimizer, keep=2):
+def save(folder, step, model, averaged, optimizer, recipe, ranks, keep=2):
     state = model.state_dict()
-    content = {"step": step, "config": model.config.to_json(), "model": state, "model_ema": state | averaged, "optimizer": optimizer.state_dict()}
+    content = {"step": step, "config": model.config.to_json(), "model": state, "model_ema": state | averaged, "optimizer": optimizer.state_dict(),
+               "batch": recipe.batch, "micro_batch": recipe.micro_batch, "seed": recipe.seed, "ranks": ranks}
+    for cut_off in folder.glob(".step-*.pt"):   # left by a kill while saving
+        cut_off.unlink()
     with weights.replacing(folder / f"step-{step:06d}.pt") as temporary:
         torch.save(content, temporary)
     for old in checkpoints(folder)[:-keep]:
         old.unlink()
 
 
-def load_run(path, which="model_ema"):
-    """A run's checkpoint -> (model with its averaged or raw weights, the checkpoint's content)."""
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    model = Harmon(HarmonConfig.from_json(content["config"], path))
+def last_checkpoint(folder):
+    """(path, content) of the newest checkpoint that can be read, or None."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            return path, torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, EOFError, OSError, ValueError) as error:
+            print(f"warning: {path} cannot be read, going back to the one before ({str(error).splitlines()[0]})", file=sys.stderr)
+    return None
+
+
+def model_of(content, which="model_ema", source="checkpoint"):
+    """A checkpoint's content -> the model with its averaged or raw weights."""
+    model = Harmon(HarmonConfig.from_json(content["config"], source))
     model.load_state_dict(content[which], strict=True)
-    return model, content
+    return model
 
 
-def start(name, recipe, runs, init=None):
-    """The model a run begins or goes on with, the step it is at, and the checkpoint it came from (None: a new run)."""
-    own = checkpoints(runs / name)
-    if own:
-        model, content = load_run(own[-1], "model")
-        return model, content["step"], content
-    if init is not None:
-        return Harmon.from_pretrained(init, device="cpu", dtype=torch.float32), 0, None
-    if recipe.after is None:
-        torch.manual_seed(recipe.seed)
-        return Harmon(HarmonConfig.from_name("harmon-tiny")), 0, None
-    before = checkpoints(runs / recipe.after)
-    if not before:
-        raise FileNotFoundError(f"{runs / recipe.after}: no checkpoint; {name} starts from {recipe.after}, which must run first")
-    return load_run(before[-1])[0], 0, None
+def first_model(recipe, args):
+    """The model a new run begins with."""
+    if args.init:
+        return Harmon.from_pretrained(args.init, vae=args.vae, tokenizer=args.tokenizer, device="cpu", dtype=torch.float32)
+    if recipe.after and not args.init_llm:
+        before = last_checkpoint(args.runs / recipe.after)
+        if before is None:
+            raise FileNotFoundError(f"{args.runs / recipe.after}: no checkpoint; {args.recipe} starts from {recipe.after}, which must run first, or from --init")
+        return model_of(before[1], source=before[0])
+    if not (args.recipe.startswith("tiny") or args.init_llm and args.init_mar and args.vae):
+        raise ValueError(f"{args.recipe} starts from trained weights: give --init, a Harmon model, or --init-llm, --init-mar and --vae")
+    torch.manual_seed(recipe.seed)
+    model = Harmon(HarmonConfig.of(args.config) if args.config else HarmonConfig.from_name("harmon-tiny"))
+    for module, path, prefix in ((model.llm, args.init_llm, "llm."), (model.mar, args.init_mar, "mar."), (model.vae, args.vae, "vae.")):
+        if path:
+            weights.assign(module, {k.removeprefix(prefix): v for k, v in weights.read(path).items()}, path, device="cpu", dtype=torch.float32)
+    return model
 
 
-def world(model, recipe, runs):
-    """The training data; latents of its pictures are encoded once and kept beside the runs."""
-    file = runs / "tokenizer.json"
+def find_tokenizer(model, args):
+    if args.tokenizer:
+        return load_tokenizer(args.tokenizer)
+    if args.init_llm and Path(args.init_llm).is_dir():
+        return load_tokenizer(args.init_llm)
+    file = args.runs / "tokenizer.json"
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        (model.tokenizer or train_tokenizer(model.config.llm.vocab_size)).save(str(file))
-    model.tokenizer = load_tokenizer(file)
-    latents = None
-    if not {"reconstruct", "text"} >= set(recipe.sources):
-        cache = runs / f"latents-{recipe.scenes}.safetensors"
-        if not cache.exists():
-            weights.write(cache, {"latents": encode_scenes(model, f"train-{recipe.seed}", recipe.scenes)})
-        latents = weights.read(cache)["latents"]
-    return ShapesWorld(model, f"train-{recipe.seed}", latents)
+        if args.rank == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with weights.replacing(file) as temporary:
+                (model.tokenizer or train_tokenizer(model.config.llm.vocab_size)).save(temporary)
+        barrier()
+    return load_tokenizer(file)
+
+
+# ---- many processes --------------------------------------------------------------------------------------------------
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def shapes_world(model, recipe, args):
+    """The sources of the shapes world; latents of its pictures are encoded once and kept beside the runs."""
+    sources = [Source("shapes", task, 1, open_source("shapes-text" if task == "text" else "shapes", seed=f"train-{recipe.seed}", count=recipe.scenes)) for task in recipe.ratio]
+    folder = args.runs / f"latents-{recipe.seed}-{recipe.scenes}"
+    seeing = [s for s in sources if s.task not in ("text", "reconstruct")]
+    if seeing:
+        cache_latents(model.encode, seeing[0], folder, recipe.size, crops=0, rank=args.rank, ranks=args.ranks)
+        barrier()
+    return [replace(s, latents=LatentCache(folder)) if s in seeing else s for s in sources]
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
-def train(name, recipe, runs, device, stop_at=None, init=None):
-    """Run a recipe to its end (or to step stop_at), from the model `init` if given; returns the last checkpoint's path."""
-    folder, last = runs / name, stop_at or recipe.steps
-    model, step, content = start(name, recipe, runs, init)
+def train(name, recipe, args, stop_at=None):
+    """Run a recipe to its end (or to step stop_at); returns the last checkpoint's path. args: see `main`."""
+    folder, last = args.runs / name, stop_at or recipe.steps
+    device, accumulate = args.device, accumulation(recipe, args.ranks)
+    found = last_checkpoint(folder)
+    step = found[1]["step"] if found else 0
     if step >= last:
-        return checkpoints(folder)[-1]
+        return found[0]
+    model = model_of(found[1], "model", found[0]) if found else first_model(recipe, args)
+    model.tokenizer = find_tokenizer(model, args)
+    model.gradient_into_image = recipe.image_gradient
     model.to(device).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+
+    groups = parameter_groups(model, recipe)
+    if recipe.zero and args.ranks > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     averaged = {n: p.detach().clone() for n, p in trained.items()}
-    if content is not None:
-        optimizer.load_state_dict(content["optimizer"])
-        averaged = {n: content["model_ema"][n].clone().to(device) for n in trained}
-    data = world(model, recipe, runs)
-    loss_fn = torch.compile(loss_of, dynamic=False) if recipe.compile else loss_of
-    stopped = []
+    if found:
+        optimizer.load_state_dict(found[1]["optimizer"])
+        averaged = {n: found[1]["model_ema"][n].clone().to(device) for n in trained}
+        changed = [f"{key} {found[1][key]} -> {getattr(recipe, key)}" for key in ("batch", "micro_batch", "seed") if found[1][key] != getattr(recipe, key)]
+        if changed:
+            print(f"warning: {', '.join(changed)}: from here the data come in another order than in one run", file=sys.stderr)
+    sources = open_mixture(args.mixture) if args.mixture else shapes_world(model, recipe, args)
+    for source in sources:
+        if source.latents is not None:
+            source.latents.check(model.encode, recipe.size)
+    batches, ledger = Batches(sources, recipe.ratio, recipe.micro_batch, recipe.size, recipe.seed), Ledger(sources)
+
+    losses = Losses(model, recipe)
+    for block in blocks_of(model):   # from outside: the model's code knows of neither
+        if recipe.checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if recipe.compile:
+            block.compile()
+    if recipe.compile and "vae" in recipe.lr:
+        losses.compile(dynamic=False)
+    wrapped = DistributedDataParallel(losses, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=True) if args.ranks > 1 else losses
+
+    # micro-batch a of process r in step s is number (s · accumulate + a) · ranks + r of the run
+    numbers = range(step * accumulate * args.ranks + args.rank, last * accumulate * args.ranks, args.ranks)
+    loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=numbers, num_workers=args.workers, pin_memory=device.type == "cuda",
+                                              worker_init_fn=leave_interrupts_to_the_trainer))
+    monitor = Monitor(folder, name, recipe.ratio, step, last, args.rank, args.ranks)
+    stopped, not_finite = [], 0
     handlers = {s: signal.signal(s, lambda *_: stopped.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
-    folder.mkdir(parents=True, exist_ok=True)
-    sums, total, began = {}, sum(recipe.sources.values()), time.time()
-    bar = tqdm(range(step, last), initial=step, total=last, desc=name, disable=None)
-    with open(folder / "log.jsonl", "a") as log:
-        for step in bar:
-            torch.manual_seed(recipe.seed * 1_000_003 + step)  # every draw of this step: dropout, masks, t, noise
-            for task, size in recipe.sources.items():
-                with torch.autocast(device.type, torch.bfloat16, enabled=task != "reconstruct"):
-                    loss = loss_fn(model, data.batch(task, step, size), recipe)
-                (loss * size / total).backward()           # every sample of the step counts the same
-                sums.setdefault(task, []).append(loss.detach())
-            norm = torch.nn.utils.clip_grad_norm_(trained.values(), recipe.clip)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, step)
+    number = numbers.start
+    for step in range(step, last):
+        for a in range(accumulate):
+            with monitor.waiting():
+                batch = next(loader)
+            ledger.add(batch, monitor.say)
+            draws = random.Random(f"{recipe.seed}/{number}").getrandbits(63)
+            torch.manual_seed(draws)                       # every draw of this micro-batch: dropout, masks, t, noise
+            number += args.ranks
+            whole = wrapped.no_sync() if args.ranks > 1 and a + 1 < accumulate else contextlib.nullcontext()
+            arguments = to_model(model, batch, recipe.max_length)
+            with whole:
+                with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16 and batch["task"] != "reconstruct"):
+                    loss = wrapped(batch["task"], arguments)
+                (loss / accumulate).backward()
+            monitor.saw(batch["task"], arguments, loss)
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), recipe.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(recipe, step)
+        if torch.isfinite(norm):
+            not_finite = 0
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             decay = min(recipe.ema, (step + 1) / (step + 10))  # an average over few steps at first
             torch._foreach_lerp_(list(averaged.values()), [p.detach() for p in trained.values()], 1 - decay)
-            if (step + 1) % 25 == 0:
-                means = {task: round(torch.stack(v).mean().item(), 4) for task, v in sums.items()}
-                log.write(json.dumps({"step": step + 1, "loss": means, "lr": learning_rate(recipe, step), "norm": round(norm.item(), 3),
-                                      "seconds": round(time.time() - began, 1)}) + "\n")
-                log.flush()
-                bar.set_postfix(means)
-                sums = {}
-            if (step + 1) % recipe.save_every == 0 or step + 1 == last or stopped:
-                save(folder, step + 1, model, averaged, optimizer)
-            if stopped:
-                print(f"stopped and saved at step {step + 1}; the same command goes on from here", file=sys.stderr)
-                sys.exit(130)
+        else:
+            not_finite += 1
+            monitor.say(f"step {step + 1}: the gradient is not finite, step skipped ({not_finite} in a row)")
+            if not_finite == 10:
+                raise ValueError(f"step {step + 1}: ten steps in a row without a finite gradient; the last checkpoint is {checkpoints(folder)[-1:] or 'none'}")
+        optimizer.zero_grad(set_to_none=True)
+        monitor.step(step + 1, norm, schedule(recipe, step), finite=not not_finite)
+        stop = anywhere(bool(stopped), device)
+        if (step + 1) % recipe.save_every == 0 or step + 1 == last or stop:
+            if recipe.zero and args.ranks > 1:
+                optimizer.consolidate_state_dict(to=0)
+            if args.rank == 0:
+                save(folder, step + 1, model, averaged, optimizer, recipe, args.ranks)
+        if recipe.sample_every and (step + 1) % recipe.sample_every == 0 and args.rank == 0:
+            monitor.samples(step + 1, model, averaged, recipe.size)
+        if stop:
+            monitor.say(f"stopped and saved at step {step + 1}; the same command goes on from here")
+            sys.exit(130)
     for s, handler in handlers.items():
         signal.signal(s, handler)
-    if "reconstruct" in recipe.sources and last == recipe.steps:
-        set_latent_scale(folder, min(2000, recipe.scenes))
+    monitor.close()
+    barrier()
+    if "reconstruct" in recipe.ratio and last == recipe.steps and args.rank == 0:
+        set_latent_scale(folder, batches)
+    barrier()
     return checkpoints(folder)[-1]
 
 
-def set_latent_scale(folder, count):
+def leave_interrupts_to_the_trainer(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def anywhere(flag, device):
+    """Whether the flag is set in any process."""
+    if not dist.is_initialized():
+        return flag
+    flag = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flag)
+    return flag.item() > 0
+
+
+@torch.no_grad()
+def set_latent_scale(folder, batches, count=125):
     """After the VAE's training: vae_scale = 1 / standard deviation of its latents, written into the checkpoint."""
-    path = checkpoints(folder)[-1]
-    model, content = load_run(path)
-    latents = encode_scenes(model, "scale", count).float() / model.config.vae_scale
+    path, content = last_checkpoint(folder)
+    model = model_of(content)
+    latents = torch.cat([model.encode(batches[j]["pixels"]) for j in range(count)]) / model.config.vae_scale
     content["config"]["vae_scale"] = round(1 / latents.std().item(), 4)
     with weights.replacing(path) as temporary:
         torch.save(content, temporary)
 
 
-def main():
+def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=[*CHAINS, *RECIPES])
+    parser.add_argument("--mixture", type=Path, help="JSON or TOML file that lists the data (see data.py); default: the shapes world")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
-    parser.add_argument("--init", help="start from this model (a folder, a name) instead of the recipe before")
+    parser.add_argument("--init", help="start from this Harmon model (a name, folder, .pth or hub id) instead of the recipe before")
+    parser.add_argument("--init-llm", help="start from this Qwen2.5 folder or file")
+    parser.add_argument("--init-mar", help="start from this MAR checkpoint")
+    parser.add_argument("--vae", help="kl16.ckpt")
+    parser.add_argument("--tokenizer", help="tokenizer.json or its folder")
+    parser.add_argument("--config", help="sizes for --init-llm and --init-mar, and for --dry-run: harmon-0.5b, harmon-1.5b or a model folder")
+    parser.add_argument("--only", choices=PARTS, help="train this part alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=None, help="processes that read data, for each process that trains (default: 8 on a GPU, else none)")
     parser.add_argument("--export", type=Path, help="at the end, write the averaged weights there as a model folder, in half precision")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be trained, with which arithmetic and memory, and stop")
+    parser.add_argument("--plot", action="store_true", help="draw the run's losses so far to runs/<recipe>/loss.png, and stop")
     for field in fields(Recipe):
-        if field.type in (int, float):
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, help="override the recipe's value")
-    args = parser.parse_args()
-    overrides = {f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name, None) is not None}
+        kind = {bool: lambda s: {"true": True, "false": False}[s.lower()], dict: named_numbers}.get(field.type, field.type)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, metavar={bool: "true|false", dict: "NAME=X,…"}.get(field.type, field.type.__name__),
+                            help="override the recipe's value")
+    args = parser.parse_args(argv)
+    args.rank, args.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    args.device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0))) if args.device == "cuda" else torch.device(args.device)
+    args.workers = args.workers if args.workers is not None else 8 if args.device.type == "cuda" else 0
+    return args
+
+
+def main():
+    args = arguments()
+    names = CHAINS.get(args.recipe, (args.recipe,))
     try:
-        chain = CHAINS.get(args.recipe, (args.recipe,))
-        for name in chain:
-            path = train(name, replace(RECIPES[name], **overrides), args.runs, torch.device(args.device), init=args.init if name == chain[0] else None)
-        if args.export:
-            model, _ = load_run(path)
-            model.tokenizer = load_tokenizer(args.runs / "tokenizer.json")
+        recipes = {name: override(RECIPES[name], args) for name in names}
+        if args.dry_run or args.plot:
+            for name, recipe in recipes.items():
+                dry_run(name, recipe, args) if args.dry_run else print(plot(args.runs / name))
+            return
+        if args.ranks > 1:
+            dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+        for name, recipe in recipes.items():
+            args.recipe = name
+            path = train(name, recipe, args)
+            args.init = None
+        if args.export and args.rank == 0:
+            model = model_of(last_checkpoint(path.parent)[1])
+            model.tokenizer = find_tokenizer(model, args)
             model.save_pretrained(args.export, dtype=torch.float16)
             print(args.export)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-import json
-import random
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
