@@ -172,13 +172,7 @@ def train(name, recipe, args, stop_at=None):
     model.gradient_into_image = recipe.image_gradient
     model.to(device).train()
 
-    groups = parameter_groups(model, recipe)
-    if recipe.zero and args.ranks > 1:
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-
-        optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.95), fused=True)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    optimizer = adamw(parameter_groups(model, recipe), spread=recipe.zero and args.ranks > 1)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     averaged = {n: p.detach().clone() for n, p in trained.items()}
     if found:
@@ -243,7 +237,7 @@ def train(name, recipe, args, stop_at=None):
         monitor.step(step + 1, norm, schedule(recipe, step), finite=not not_finite)
         stop = anywhere(bool(stopped), device)
         if (step + 1) % recipe.save_every == 0 or step + 1 == last or stop:
-            if recipe.zero and args.ranks > 1:
+            if hasattr(optimizer, "consolidate_state_dict"):
                 optimizer.consolidate_state_dict(to=0)
             if args.rank == 0:
                 save(folder, step + 1, model, averaged, optimizer, recipe, args.ranks)
@@ -260,6 +254,16 @@ def train(name, recipe, args, stop_at=None):
         set_latent_scale(folder, batches)
     barrier()
     return checkpoints(folder)[-1]
+
+
+def adamw(groups, spread):
+    """spread: over the processes, each keeps the state of its share of the parameters."""
+    settings = dict(lr=1e-4, betas=(0.9, 0.95), fused=True)     # each group has its own rate
+    if not spread:
+        return torch.optim.AdamW(groups, **settings)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
 
 
 def leave_interrupts_to_the_trainer(_):

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, SMALL, shake
+from PIL import Image
 
+import monitor
 import recipes
 import train
 from harmon import Harmon
@@ -89,18 +91,26 @@ def last_of(runs):
     return train.last_checkpoint(runs / "tiny-joint")[1]
 
 
-def test_two_processes_train_as_one_and_resume_exactly(model_folder, tmp_path):
-    in_shell(model_folder, tmp_path / "one", "--steps", "4")
-    in_shell(model_folder, tmp_path / "two", "--steps", "4", "--save-every", "2", processes=2)
-    one, two = last_of(tmp_path / "one"), last_of(tmp_path / "two")
+@pytest.fixture(scope="module")
+def one_process(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    in_shell(model_folder, folder, "--steps", "4")
+    return folder
+
+
+@pytest.mark.parametrize("zero", ["false", "true"])
+def test_two_processes_train_as_one_and_resume_exactly(model_folder, one_process, tmp_path, zero):
+    two_processes = ("--steps", "4", "--save-every", "2", "--zero", zero)
+    in_shell(model_folder, tmp_path, *two_processes, processes=2)
+    one, two = last_of(one_process), last_of(tmp_path)
     for k, x in one["model"].items():
         if not k.endswith(("qkv.bias", "k_proj.bias")):   # a bias of all keys changes no attention: its gradient is rounding, which Adam blows up
             assert torch.allclose(x, two["model"][k], atol=1e-5), k
-    for task, loss in log(tmp_path / "one", "tiny-joint")[-1]["loss"].items():
-        assert log(tmp_path / "two", "tiny-joint")[-1]["loss"][task] == pytest.approx(loss, abs=1e-5)
-    train.checkpoints(tmp_path / "two" / "tiny-joint")[-1].unlink()              # back to step 2
-    in_shell(model_folder, tmp_path / "two", "--steps", "4", "--save-every", "2", processes=2)
-    assert equal(two["model"], last_of(tmp_path / "two")["model"])
+    for task, loss in log(one_process, "tiny-joint")[-1]["loss"].items():
+        assert log(tmp_path, "tiny-joint")[-1]["loss"][task] == pytest.approx(loss, abs=1e-5)
+    train.checkpoints(tmp_path / "tiny-joint")[-1].unlink()                      # back to step 2
+    in_shell(model_folder, tmp_path, *two_processes, processes=2)
+    assert equal(two["model"], last_of(tmp_path)["model"])
 
 
 def test_killed_at_any_moment(model_folder, tmp_path):
@@ -233,6 +243,24 @@ def test_latents_of_another_vae_are_refused(small_world, tmp_path, model_folder)
         file.unlink()
     with pytest.raises(ValueError, match="these latents come from another VAE"):
         run(replace(SHORT, steps=1), tmp_path, "--init", model_folder)
+
+
+def test_samples_are_drawn_and_change_nothing(small_world, tmp_path):
+    plain = run(SHORT, tmp_path / "a")
+    watched = run(replace(SHORT, sample_every=2), tmp_path / "b")
+    assert equal(plain["model"], watched["model"]) and equal(plain["model_ema"], watched["model_ema"])
+    samples = tmp_path / "b" / "test" / "samples"
+    assert sorted(p.name for p in samples.glob("*.png")) == ["000002.png", "000004.png", "000006.png"]
+    assert Image.open(samples / "000006.png").size == (4 * 64, 2 * 64)
+    answers = [json.loads(line) for line in open(samples / "answers.jsonl")]
+    assert [a["step"] for a in answers] == [2, 4, 6] and all(isinstance(a[k], str) for a in answers for k in ("raw", "averaged"))
+
+
+def test_the_log_and_its_plot(tmp_path):
+    rows = [{"step": s, "loss": {"text": 2 / s, "text2image": 1 / s}} for s in (25, 50, 75, 50)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 1')     # cut off by a kill
+    assert [line["step"] for line in monitor.read_log(tmp_path)] == [25, 50, 75]
+    assert Image.open(monitor.plot(tmp_path)).width > 600
 
 
 def test_a_dry_run_needs_no_data(capsys):
