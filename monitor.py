@@ -1,7 +1,7 @@
 """What people watch while a model trains: a progress bar, log.jsonl, TensorBoard where it is installed, samples, a plot of the losses.
 
 Every line of log.jsonl is a dictionary: step, loss by task, lr (the factor on each part's rate), norm of the gradient, samples and tokens a second,
-wait (share of the time spent waiting for data), memory (peak, GB), skipped (steps without a finite gradient), seconds.
+wait (share of the time spent waiting for data), memory (peak, GB), skipped (steps without a finite gradient), unusable (samples), seconds.
 """
 import contextlib
 import json
@@ -48,7 +48,7 @@ class Monitor:
         self.samples_seen += len(next(iter(arguments.values())))
         self.tokens_seen += sum(arguments[k].shape[:-1].numel() if k == "latents" else arguments[k].numel() for k in ("latents", "input_ids") if k in arguments)
 
-    def step(self, step, norm, lr, finite):
+    def step(self, step, norm, lr, finite, unusable):
         self.skipped += not finite
         self.steps += 1
         self.bar.update()
@@ -65,11 +65,11 @@ class Monitor:
             peak = torch.cuda.max_memory_allocated() if norm.is_cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             line = {"step": step, "loss": means, "lr": float(f"{lr:.4g}"), "norm": round(float(norm), 4), "samples_per_s": round(self.ranks * self.samples_seen / seconds, 2),
                     "tokens_per_s": round(self.ranks * self.tokens_seen / seconds), "wait": round(self.waited / seconds, 3), "memory": round(peak / 1e9, 2),
-                    "skipped": self.skipped, "seconds": round(time.time() - self.began, 1)}
+                    "skipped": self.skipped, "unusable": unusable, "seconds": round(time.time() - self.began, 1)}
             self.log.write(json.dumps(line) + "\n")
             self.log.flush()
             self.bar.set_postfix({**{k: f"{v:.3f}" for k, v in means.items()}, "lr": f"{lr:.2g}", "samples/s": f"{line['samples_per_s']:.1f}",
-                                  "tokens/s": line["tokens_per_s"], "wait": f"{line['wait']:.0%}", "GB": line["memory"]})
+                                  "tokens/s": line["tokens_per_s"], "wait": f"{line['wait']:.0%}", "GB": line["memory"]} | ({"unusable": unusable} if unusable else {}))
             if self.board:
                 for key in ("lr", "norm", "samples_per_s", "tokens_per_s", "wait", "memory"):
                     self.board.add_scalar(key, line[key], step)

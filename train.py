@@ -130,12 +130,10 @@ def find_tokenizer(model, args):
     if args.init_llm and Path(args.init_llm).is_dir():
         return load_tokenizer(args.init_llm)
     file = args.runs / "tokenizer.json"
-    if not file.exists():
-        if args.rank == 0:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with weights.replacing(file) as temporary:
-                (model.tokenizer or train_tokenizer(model.config.llm.vocab_size)).save(temporary)
-        barrier()
+    if args.rank == 0 and not file.exists():
+        with weights.replacing(file) as temporary:
+            (model.tokenizer or train_tokenizer(model.config.llm.vocab_size)).save(temporary)
+    barrier()   # every process comes here, whether the file was there or not
     return load_tokenizer(file)
 
 
@@ -234,7 +232,7 @@ def train(name, recipe, args, stop_at=None):
             if not_finite == 10:
                 raise ValueError(f"step {step + 1}: ten steps in a row without a finite gradient; the last checkpoint is {checkpoints(folder)[-1:] or 'none'}")
         optimizer.zero_grad(set_to_none=True)
-        monitor.step(step + 1, norm, schedule(recipe, step), finite=not not_finite)
+        monitor.step(step + 1, norm, schedule(recipe, step), finite=not not_finite, unusable=sum(ledger.skipped))
         stop = anywhere(bool(stopped), device)
         if (step + 1) % recipe.save_every == 0 or step + 1 == last or stop:
             if hasattr(optimizer, "consolidate_state_dict"):

@@ -15,6 +15,7 @@ from PIL import Image
 import monitor
 import recipes
 import train
+import weights
 from harmon import Harmon
 from pretrained import HarmonConfig
 from recipes import RECIPES, Recipe
@@ -174,6 +175,23 @@ def test_stage_one_leaves_the_llm_bit_identical(small_world, tmp_path, model_fol
     before, after = Harmon.from_pretrained(model_folder).state_dict(), run(recipe, tmp_path, "--init", model_folder)["model"]
     changed = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
     assert changed == {"mar", "proj_in", "proj_out"}
+
+
+def test_stage_one_starts_from_three_files(small, tmp_path):
+    """A Qwen2.5 folder, MAR's checkpoint with raw and averaged weights, a VAE."""
+    (tmp_path / "model").mkdir()
+    small.save_pretrained(tmp_path / "model")
+    weights.write(tmp_path / "qwen" / "model.safetensors", {k: v for k, v in small.llm.state_dict().items() if k != "lm_head.weight"})
+    torch.save({"model_ema": small.mar.state_dict(), "model": {k: 0 * v for k, v in small.mar.state_dict().items()}, "epoch": 799}, tmp_path / "mar.pth")
+    torch.save({"model": small.vae.state_dict()}, tmp_path / "kl16.ckpt")
+    args = train.arguments(["stage1", "--config", str(tmp_path / "model"), "--init-llm", str(tmp_path / "qwen"), "--init-mar", str(tmp_path / "mar.pth"),
+                            "--vae", str(tmp_path / "kl16.ckpt"), "--runs", str(tmp_path)])
+    model = train.first_model(RECIPES["stage1"], args).state_dict()
+    for k, x in small.state_dict().items():
+        if not k.startswith("proj"):
+            assert torch.equal(x, model[k]), k
+    with pytest.raises(ValueError, match="stage1 starts from trained weights"):
+        train.first_model(RECIPES["stage1"], train.arguments(["stage1", "--runs", str(tmp_path)]))
 
 
 def test_only_one_part(tmp_path):
