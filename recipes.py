@@ -43,6 +43,7 @@ class Recipe:
     sample_every: int = 1000      # steps; 0: never
     scenes: int = 40_000          # of the shapes world, when there is no mixture
     kl: float = 1.5e-3            # of the VAE's loss
+    local: float = 0.05           # of the VAE's loss: the same pixels, the same code
     image_gradient: float = 0.1   # scale of the gradient into the embeddings of images that are only looked at
     cosine_mask: bool = False     # masking ratios as the sampler meets them, cos(π/2 · u), instead of the paper's [0.7, 1]
 
@@ -60,9 +61,9 @@ RECIPES = {
     "reca": replace(PAPER, ratio={"reca": 1, "image2text": 1}, lr={"mar-decoder": 1e-5, "mar-encoder": 1e-6, "llm": 1e-6}, size=512, batch=512, micro_batch=4, steps=3000, ema=0.999),
     "tiny-llm": replace(TINY, ratio={"text": 1}, lr={"llm": 1e-3}, steps=800),
     "tiny-vae": replace(TINY, ratio={"reconstruct": 1}, lr={"vae": 1e-3}, steps=2000, batch=16, micro_batch=16, after="tiny-llm", compile=True),
-    "tiny-mar": replace(TINY, ratio={"mar": 1}, lr={"mar-decoder": 1e-3, "mar-encoder": 1e-3}, steps=1000, after="tiny-vae"),
+    "tiny-mar": replace(TINY, ratio={"mar": 1}, lr={"mar-decoder": 1e-3, "mar-encoder": 1e-3}, steps=800, after="tiny-vae"),
     "tiny-align": replace(TINY, ratio={"text2image": 2, "image2text": 1}, lr={"mar-decoder": 5e-4, "mar-encoder": 5e-4}, steps=200, batch=48, micro_batch=16, after="tiny-mar"),
-    "tiny-joint": replace(TINY, ratio={"text2image": 8, "image2text": 4, "text": 1}, lr=ALL_TINY, steps=5600, batch=48, micro_batch=24, after="tiny-align", warmup=0.02,
+    "tiny-joint": replace(TINY, ratio={"text2image": 8, "image2text": 4, "text": 1}, lr=ALL_TINY, steps=4200, batch=48, micro_batch=24, after="tiny-align", warmup=0.02,
                           image_gradient=0.3),
 }
 CHAINS = {"tiny": ("tiny-llm", "tiny-vae", "tiny-mar", "tiny-align", "tiny-joint")}

@@ -1,8 +1,9 @@
 """The shapes world: an endless supply of small scenes with captions and questions, made from an integer.
 
 It mirrors the six categories of GenEval (2310.11513) in 64×64 pixels: one object, two objects, counting, colors, position and
-color attribution. Everything is a pure function of (seed, index), so a data set needs no files. The combinations of color and
-shape in HELD_OUT never occur in training (`held_out=False`), neither in pictures nor in words; they measure composition.
+color attribution. Things vary in shade, in size and, on a lattice of 4 pixels, in place: a world that two CPU cores can learn.
+Everything is a pure function of (seed, index), so a data set needs no files. The combinations of color and shape in HELD_OUT never occur
+in training (`held_out=False`), neither in pictures nor in words; they measure composition.
 
     python shapes.py        # draws a contact sheet of scenes with their captions to out/shapes.png
 """

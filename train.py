@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -43,18 +44,19 @@ class Losses(nn.Module):
 
     def __init__(self, model, recipe):
         super().__init__()
-        self.model, self.cosine_mask, self.kl = model, recipe.cosine_mask, recipe.kl
+        self.model, self.recipe = model, recipe
 
     def forward(self, task, batch):
         model = self.model
         if task == "reconstruct":
-            posterior = model.vae.encode(batch["pixels"])
-            return (model.vae.decode(posterior.sample()) - batch["pixels"]).square().mean() + self.kl * posterior.kl().mean()
+            pixels, posterior = batch["pixels"], model.vae.encode(batch["pixels"])
+            error = (model.vae.decode(posterior.sample()) - pixels).square().mean()
+            return error + self.recipe.kl * posterior.kl().mean() + self.recipe.local * locality(pixels, posterior.mean)
         if task in ("text", "image2text"):
             return model.image2text_loss(**{"pixels": None} | batch)
         latents = batch["latents"] if "latents" in batch else self.encode(batch["pixels"])
         B, h, w, C = latents.shape
-        mask = model.draw_mask(B, h * w, math.cos(math.pi / 2 * torch.rand(()).item()) if self.cosine_mask else None)
+        mask = model.draw_mask(B, h * w, math.cos(math.pi / 2 * torch.rand(()).item()) if self.recipe.cosine_mask else None)
         if task != "mar":
             return model.text2image_loss(None, batch["input_ids"], batch["attention_mask"], latents=latents, mask=mask)
         mar, mul = model.mar, model.mar.config.diffusion_batch_mul   # by itself: the buffers carry nothing but what they read off the visible tokens
@@ -64,6 +66,18 @@ class Losses(nn.Module):
     @torch.no_grad()
     def encode(self, pixels):
         return self.model.encode(pixels)
+
+
+def locality(pixels, codes, scale=0.05):
+    """How much codes (B, C, h, w) differ where pixels (B, 3, H, W) do not: mean squared difference over all pairs of tokens, weighted by the likeness of their pixels.
+
+    A VAE with group norms and attention may give a patch of plain color any code, by what else is in the picture. Whoever generates tokens has to guess that.
+    """
+    patches = F.pixel_unshuffle(pixels, pixels.shape[-1] // codes.shape[-1])
+    patches, codes = (x.permute(0, 2, 3, 1).flatten(0, 2) for x in (patches, codes))                     # (B·h·w, 3·s²), (B·h·w, C)
+    apart = lambda x: (x.square().mean(1)[:, None] + x.square().mean(1) - 2 * x @ x.T / x.shape[1]).clamp(min=0)  # noqa: E731
+    alike = torch.exp(-apart(patches) / (2 * scale ** 2))
+    return (alike * apart(codes)).sum() / alike.sum()
 
 
 def blocks_of(model):

@@ -205,6 +205,15 @@ def test_rates_warm_up_and_end_near_zero():
     assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(rates[9], abs=0.03) and rates[-1] < 1e-3
 
 
+def test_locality_asks_like_pixels_for_like_codes():
+    pixels = torch.zeros(1, 3, 16, 16)
+    pixels[..., 8:] = 1                                                          # two tokens black, two white
+    codes = torch.tensor([[0.0, 1.0], [0.0, 1.0]]).view(1, 1, 2, 2)
+    assert train.locality(pixels, codes).item() == pytest.approx(0, abs=1e-6)    # each color its code
+    mixed = torch.tensor([[0.0, 1.0], [2.0, 1.0]]).view(1, 1, 2, 2)
+    assert train.locality(pixels, mixed).item() == pytest.approx(2 * 4 / 8, abs=1e-6)     # of 8 pairs of one color, 2 differ by 2
+
+
 @pytest.mark.parametrize("task", ["reconstruct", "text", "mar", "text2image", "image2text", "reca"])
 def test_every_task_learns(small_world, tmp_path, task):
     lr = {"reconstruct": {"vae": 3e-3}, "text": {"llm": 3e-3}, "mar": {"mar-decoder": 3e-3, "mar-encoder": 3e-3}}.get(task, {part: 3e-3 for part in ALL})
