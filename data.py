@@ -224,9 +224,9 @@ class Batches(torch.utils.data.Dataset):
         raise ValueError(f"{source.path}: no usable sample among {offset + 1}; the last: {skipped[-1]}")
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def permutation(n, *seed):
-    return np.random.default_rng(seed).permutation(n)
+    return np.random.default_rng(seed).permutation(n).astype(np.int32)
 
 
 class Ledger:

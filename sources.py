@@ -8,19 +8,25 @@
 
 `source[i]` is a Sample, or raises Unusable when that one cannot be used. Opening raises ValueError or FileNotFoundError.
 """
+import bisect
+import contextlib
 import glob
 import io
+import itertools
 import json
+import os
 import random
 import re
 import tarfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Callable
 
 from PIL import Image
 
 import shapes
+import weights
 from images import outside_the_rules
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -160,36 +166,22 @@ class ClassFolders:
 
 
 class Shards:
-    """WebDataset: uncompressed tar files in which files of one stem make a sample: an image, and a .txt or .json with the words."""
+    """WebDataset: uncompressed tar files in which files of one stem make a sample: an image, and a .txt or .json with the words.
+
+    Where a shard's members lie is kept beside it, in <shard>.index, so that only the first start reads through all of them.
+    """
 
     def __init__(self, paths):
-        self.samples = []                          # (shard, stem, {suffix: (offset, size)})
-        for path in paths:
-            self.samples += [(path, stem, members) for stem, members in self.index(path)]
-
-    @staticmethod
-    def index(path):
-        """[(stem, {suffix: (offset, size)}), …] in the order of the file. What a shard that ends too early still holds is kept, and its last sample is bad."""
-        stems, end = {}, Path(path).stat().st_size
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    if member.isfile():
-                        folder, _, file = member.name.rpartition("/")
-                        stem, _, suffix = file.partition(".")
-                        whole = member.offset_data + member.size <= end
-                        stems.setdefault(f"{folder}/{stem}", {})["." + suffix.lower()] = (member.offset_data, member.size if whole else -1)
-        except tarfile.ReadError as error:
-            if not stems:
-                raise ValueError(f"{path}: not an uncompressed tar file ({error}); samples are read in any order, so unpack compressed shards first") from None
-            stems["(the shard ends too early)"] = {}
-        return list(stems.items())
+        self.paths = list(paths)
+        self.ends = list(itertools.accumulate(shard_index(path, count_only=True) for path in self.paths))
 
     def __len__(self):
-        return len(self.samples)
+        return self.ends[-1]
 
     def __getitem__(self, i):
-        path, stem, members = self.samples[i]
+        shard = bisect.bisect(self.ends, i)
+        path = self.paths[shard]
+        stem, members = shard_index(path)[i - (self.ends[shard - 1] if shard else 0)]
         name = f"{path}:{stem.lstrip('/')}"
         image = next((s for s in PICTURES if s in members), None)
         if image is None and ".json" not in members:
@@ -235,6 +227,40 @@ class ShapesText(Shapes):
 
     def __getitem__(self, i):
         return Sample(f"shapes {self.seed}/{i}", None, turns=lambda rng: shapes.reading_turns(shapes.scene(self.seed, i), rng))
+
+
+def scan(path):
+    """[(stem, {suffix: (offset, size)}), …] of a tar file. What one that ends too early still holds is kept, and one sample more, a bad one, says so."""
+    stems, end = {}, Path(path).stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    folder, _, file = member.name.rpartition("/")
+                    stem, _, suffix = file.partition(".")
+                    whole = member.offset_data + member.size <= end
+                    stems.setdefault(f"{folder}/{stem}", {})["." + suffix.lower()] = (member.offset_data, member.size if whole else -1)
+    except tarfile.ReadError as error:
+        if not stems:
+            raise ValueError(f"{path}: not an uncompressed tar file ({error}); samples are read in any order, so unpack compressed shards first") from None
+        stems["(the shard ends too early)"] = {}
+    return list(stems.items())
+
+
+@lru_cache(maxsize=64)
+def shard_index(path, count_only=False):
+    """The scan of a shard, or only its length, from <shard>.index if that is of the shard as it is now; the index is written if it can be."""
+    file, stat = Path(f"{path}.index"), os.stat(path)
+    state = [stat.st_size, stat.st_mtime_ns]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        with open(file) as lines:
+            head = json.loads(next(lines))
+            if head["shard"] == state:
+                return head["count"] if count_only else [json.loads(line) for line in lines]
+    samples = scan(path)
+    with contextlib.suppress(OSError), weights.replacing(file) as temporary:
+        Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in [{"shard": state, "count": len(samples)}, *samples]))
+    return len(samples) if count_only else samples
 
 
 # ---- which one -------------------------------------------------------------------------------------------------------

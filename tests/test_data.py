@@ -13,6 +13,7 @@ from conftest import ROOT
 from PIL import Image
 
 import data
+import sources
 from data import Batches, Ledger, Source, open_mixture, to_model
 from harmon import IGNORE_INDEX, IMAGE_TOKEN_ID
 from images import outside_the_rules, squares
@@ -133,27 +134,27 @@ def test_a_batch_without_labels_costs_nothing(small):
 
 
 def test_sources_take_turns_in_their_ratio(folder):
-    sources = mixture(folder, *ALL)
-    batches = Batches(sources, {"text": 1, "image2text": 3, "text2image": 8}, 1, 64)
+    lines = mixture(folder, *ALL)
+    batches = Batches(lines, {"text": 1, "image2text": 3, "text2image": 8}, 1, 64)
     counts = Counter(batches.place(j)[0] for j in range(12 * 50))
     tasks = Counter()
     for s, n in counts.items():
-        tasks[sources[s].task] += n / 50
+        tasks[lines[s].task] += n / 50
     assert tasks == {"text": 1, "image2text": 3, "text2image": 8}
     assert counts[1] == 3 * counts[0] == 3 * counts[2]                                 # by weight within a task
     seen = [batches.place(j) for j in range(100)]
     assert all([k for s, k in seen if s == source] == list(range(sum(s == source for s, _ in seen))) for source in range(6))
     assert data.turns_of_sources([1, 3, 8]) == data.turns_of_sources([10, 30, 80]) and len(data.turns_of_sources([0.7, 0.3])) == 10
     with pytest.raises(ValueError, match="no source for reca and sources for image2text, text, which it does not train"):
-        Batches(sources, {"text2image": 1, "reca": 1}, 1, 64)
+        Batches(lines, {"text2image": 1, "reca": 1}, 1, 64)
 
 
 def test_every_sample_once_an_epoch_and_the_same_again(folder):
-    sources = mixture(folder, {"path": "text.json", "task": "text"})
-    batches = Batches(sources, {"text": 1}, 2, 64)
+    lines = mixture(folder, {"path": "text.json", "task": "text"})
+    batches = Batches(lines, {"text": 1}, 2, 64)
     epochs = [[batches[j]["turns"] for j in range(3 * e, 3 * e + 3)] for e in range(2)]
     assert all(len({str(turns) for rows in epoch for turns in rows}) == 6 for epoch in epochs) and epochs[0] != epochs[1]
-    assert Batches(sources, {"text": 1}, 2, 64)[4]["turns"] == batches[4]["turns"] != Batches(sources, {"text": 1}, 2, 64, seed=1)[4]["turns"]
+    assert Batches(lines, {"text": 1}, 2, 64)[4]["turns"] == batches[4]["turns"] != Batches(lines, {"text": 1}, 2, 64, seed=1)[4]["turns"]
 
 
 def test_a_tenth_of_the_captions_is_dropped():
@@ -213,6 +214,18 @@ def test_a_shard_that_ends_inside_a_file(tmp_path):
     assert good == list(range(12))
 
 
+def test_the_index_of_a_shard_is_kept_and_follows_it(tmp_path, monkeypatch):
+    path = str(shard(tmp_path / "a.tar", 4))
+    assert len(open_source(path)) == 4 and (tmp_path / "a.tar.index").exists()
+    sources.shard_index.cache_clear()
+    monkeypatch.setattr(sources, "scan", lambda path: pytest.fail("read through again"))
+    assert [open_source(path)[i].caption(None) for i in range(4)] == [f"caption {i}" for i in range(4)]
+    monkeypatch.undo()
+    sources.shard_index.cache_clear()
+    shard(tmp_path / "a.tar", 6, start=2)
+    assert [open_source(path)[i].caption(None) for i in range(6)] == [f"caption {i}" for i in range(2, 8)]
+
+
 def test_broken_lines_and_missing_files_are_named(folder):
     (folder / "images" / "1.png").unlink()
     (folder / "captions" / "2.json").write_text("{")
@@ -229,11 +242,11 @@ def test_broken_lines_and_missing_files_are_named(folder):
 
 
 def test_a_source_without_one_usable_sample(folder):
-    sources = mixture(folder, {"path": "classes", "task": "text2image"})
+    lines = mixture(folder, {"path": "classes", "task": "text2image"})
     for file in (folder / "classes").glob("*/*.png"):
         file.write_bytes(b"x")
     with pytest.raises(ValueError, match="no usable sample among 2"):
-        Batches(sources, {"text2image": 1}, 1, 64)[0]
+        Batches(lines, {"text2image": 1}, 1, 64)[0]
 
 
 # ---- latents and commands --------------------------------------------------------------------------------------------
@@ -268,8 +281,8 @@ def test_inspect_and_cache_from_the_command_line(folder):
     assert Image.open(folder / "sheet.png").width > 500
     done = shell("cache", str(folder / "mixture.json"), "--size", "64", "--out", str(folder / "cache"))
     assert done.returncode == 0, done.stderr
-    sources = open_mixture(folder / "cache" / "mixture.json")
-    assert [s.latents is None for s in sources] == [False, False, False, False, True, False]
-    assert Batches(sources, {"text": 1, "image2text": 3, "text2image": 8}, 2, 64)[0]["latents"].shape[:3] == (2, 8, 8)
+    lines = open_mixture(folder / "cache" / "mixture.json")
+    assert [s.latents is None for s in lines] == [False, False, False, False, True, False]
+    assert Batches(lines, {"text": 1, "image2text": 3, "text2image": 8}, 2, 64)[0]["latents"].shape[:3] == (2, 8, 8)
     done = shell("cache", "nowhere.json", "--out", "x")
     assert done.returncode == 2 and done.stderr.splitlines() == ["data.py: nowhere.json: no such file"]
