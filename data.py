@@ -93,7 +93,7 @@ def open_line(line, folder, where, tasks=TASKS):
 # ---- what the model sees of a sample ---------------------------------------------------------------------------------
 
 def prepare(sample, task, size, rng, cached=None):
-    """Sample -> {"pixels" (1, 3, S, S) or "latents" (1, h, w, C), "turns" [(question, answer or None), …]}. Raises Unusable."""
+    """Sample -> {"pixels" (1, 3, S, S) or "latents" (1, h, w, C), "turns" [(question, answer or None), …] or "labels" (1,)}. Raises Unusable."""
     row = {}
     if task != "text":
         if cached is not None:
@@ -102,7 +102,9 @@ def prepare(sample, task, size, rng, cached=None):
             raise Unusable(sample.name, "no image, and the task needs one")
         else:
             row["pixels"] = image_to_pixels(squares(usable_image(sample, task, size), task, 1, rng)[0], (size, size))
-    if task == "reca":
+    if task == "mar":
+        row["labels"] = torch.tensor([-1 if rng.random() < CAPTION_DROP else sample.label])
+    elif task == "reca":
         row["turns"] = [(DESCRIBE, None)]
     elif task == "text2image":
         if sample.caption is None:
@@ -135,7 +137,7 @@ def conversation(model, turns, image_tokens=0, max_length=None):
 
 def to_model(model, batch, max_length=None):
     """What `Batches` gives -> the arguments of the task's loss, on the model's device."""
-    made = {k: batch[k].to(model.device) for k in ("pixels", "latents") if k in batch}
+    made = {k: batch[k].to(model.device) for k in ("pixels", "latents", "labels") if k in batch}
     if "turns" in batch:
         tokens = 0
         if batch["task"] in ("image2text", "reca"):

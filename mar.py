@@ -26,7 +26,7 @@ class MARConfig:
     mlp_ratio: float = 4
     buffer_size: int = 64          # n: extra tokens that carry global information
     token_dim: int = 16            # C
-    class_num: int = 1000          # of the class embedding, which Harmon does not use
+    class_num: int = 1000          # of the class embedding, which only MAR's own pretraining uses
     dropout: float = 0.1           # in training: on attention weights, attention output and both mlp layers
     head_depth: int = 6
     head_width: int = 1024
@@ -115,7 +115,7 @@ class MAR(nn.Module):
         super().__init__()
         self.config = c = config
         D, n, N = c.embed_dim, c.buffer_size, c.grid ** 2
-        self.class_emb = nn.Embedding(c.class_num, D)                      # in every official file, unused by Harmon
+        self.class_emb = nn.Embedding(c.class_num, D)                      # of MAR's own pretraining; Harmon does not use it
         self.fake_latent = nn.Parameter(torch.zeros(1, D))                 # the buffer token
         self.z_proj, self.z_proj_ln = nn.Linear(c.token_dim, D), nn.LayerNorm(D, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, n + N, D))
@@ -131,7 +131,7 @@ class MAR(nn.Module):
         self.diffloss = DiffusionHead(c.token_dim, D, c.head_depth, c.head_width, c.diffusion_steps, c.x0_clip)
 
     def init_weights(self):
-        """Position embeddings start as sines and cosines of row and column, and queries equal to keys, so that attention is local from the start.
+        """Position embeddings start as sines and cosines of row and column, and in half of the heads queries equal to keys: their attention is local from the start.
 
         It decides whether a small model learns in minutes to look at its neighbors, or in hours (MAE, 2111.06377; mimetic initialization, 2305.09828).
         """
@@ -146,7 +146,8 @@ class MAR(nn.Module):
         with torch.no_grad():
             for block in [*self.encoder_blocks, *self.decoder_blocks]:
                 q, k, _ = block.attn.qkv.weight.chunk(3)
-                k.copy_(nn.init.xavier_uniform_(q, gain=1.13))
+                half = c.num_heads // 2 * (c.embed_dim // c.num_heads)
+                k[:half] = nn.init.xavier_uniform_(q, gain=1.13)[:half]
             place = sines(c.grid, c.embed_dim)
             for table in (self.encoder_pos_embed_learned, self.decoder_pos_embed_learned):
                 table[:, c.buffer_size:] = place
@@ -161,10 +162,16 @@ class MAR(nn.Module):
         image = F.interpolate(image, size=(h, w), mode="bilinear", align_corners=False)
         return torch.cat([buffers, image.flatten(2).transpose(1, 2)], dim=1)
 
-    def encode(self, tokens, mask, grid):
-        """tokens (B, N, C), mask (B, N) bool with True = hidden, grid (h, w) -> (B, n + V, D), buffers first."""
+    def encode(self, tokens, mask, grid, labels=None):
+        """tokens (B, N, C), mask (B, N) bool with True = hidden, grid (h, w) -> (B, n + V, D), buffers first.
+
+        labels (B,) int: classes that the buffers tell of, -1 = none; only for pretraining a MAR by itself.
+        """
         B, n = tokens.shape[0], self.config.buffer_size
-        x = torch.cat([self.fake_latent.expand(B, n, -1), self.z_proj(tokens)], dim=1)           # (B, n+N, D)
+        buffers = self.fake_latent.expand(B, -1)                                                 # (B, D)
+        if labels is not None:
+            buffers = torch.where(labels[:, None] < 0, buffers, self.class_emb(labels.clamp(min=0)))
+        x = torch.cat([buffers[:, None].expand(-1, n, -1), self.z_proj(tokens)], dim=1)          # (B, n+N, D)
         x = self.z_proj_ln(x + self.position_embedding(self.encoder_pos_embed_learned, grid))
         buffers, image = x[:, :n], x[:, n:]
         index = visible_index(mask)[..., None].expand(-1, -1, x.shape[-1])                       # (B, V, D)

@@ -12,7 +12,7 @@ from pretrained import HarmonConfig
 
 PARTS = {  # what learning rates are given to, by the prefixes of the parameters' names
     "mar-decoder": ("mar.decoder", "mar.mask_token", "mar.diffusion_pos_embed", "mar.diffloss", "proj_out"),
-    "mar-encoder": ("mar.encoder", "mar.z_proj", "mar.fake_latent", "proj_in"),
+    "mar-encoder": ("mar.encoder", "mar.z_proj", "mar.fake_latent", "mar.class_emb", "proj_in"),
     "llm": ("llm",),
     "vae": ("vae",),
 }

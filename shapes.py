@@ -148,6 +148,15 @@ def describe(scene):
     return f"a {name(scene.things[0])}" if n == 1 else f"{NUMBERS[n]} {scene.things[0].color} {plural(scene.things[0].shape)}"
 
 
+LABELS = len(COLORS) * len(SHAPES) * 5
+
+
+def label(scene):
+    """A class in [0, LABELS), for pretraining by class: the combination and number of things; of a pair the first in reading order."""
+    n, thing = (5, reading_order(scene)[0]) if scene.kind == "pair" else (len(scene.things), scene.things[0])
+    return ((n - 1) * len(COLORS) + COLORS.index(thing.color)) * len(SHAPES) + SHAPES.index(thing.shape)
+
+
 def caption(scene, rng, *, style=None):
     """A caption that is true of the scene. style: None for any, or "plain" (no color) / "color" / "position" / "color position"."""
     style = style or rng.choice(("plain", "color", "color", "position", "color position", "color position"))

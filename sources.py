@@ -49,6 +49,7 @@ class Sample:
     image: Callable[[], Image.Image] | None    # reads it; None: there is none
     caption: Callable[[random.Random], str] | None = None
     turns: Callable[[random.Random], list] | None = None   # [(question, answer), …]
+    label: int = -1                            # of its class; -1: none
 
 
 def picture(name, read):
@@ -154,15 +155,15 @@ class ClassFolders:
 
     def __init__(self, path):
         self.files = sorted(p for p in Path(path).glob("*/**/*") if p.suffix.lower() in PICTURES)
-        self.root = Path(path)
+        self.root, self.classes = Path(path), sorted({p.relative_to(path).parts[0] for p in self.files})
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, i):
         file = self.files[i]
-        name = file.relative_to(self.root).parts[0].replace("_", " ")
-        return Sample(str(file), lambda: picture(file, lambda: Image.open(file)), constant(name))
+        name = file.relative_to(self.root).parts[0]
+        return Sample(str(file), lambda: picture(file, lambda: Image.open(file)), constant(name.replace("_", " ")), label=self.classes.index(name))
 
 
 class Shards:
@@ -219,7 +220,8 @@ class Shapes:
 
     def __getitem__(self, i):
         scene = shapes.scene(self.seed, i)
-        return Sample(f"shapes {self.seed}/{i}", lambda: shapes.render(scene), lambda rng: shapes.caption(scene, rng), lambda rng: shapes.looking_turns(scene, rng))
+        return Sample(f"shapes {self.seed}/{i}", lambda: shapes.render(scene), lambda rng: shapes.caption(scene, rng), lambda rng: shapes.looking_turns(scene, rng),
+                      shapes.label(scene))
 
 
 class ShapesText(Shapes):

@@ -59,8 +59,8 @@ class Losses(nn.Module):
         mask = model.draw_mask(B, h * w, math.cos(math.pi / 2 * torch.rand(()).item()) if self.recipe.cosine_mask else None)
         if task != "mar":
             return model.text2image_loss(None, batch["input_ids"], batch["attention_mask"], latents=latents, mask=mask)
-        mar, mul = model.mar, model.mar.config.diffusion_batch_mul   # by itself: the buffers carry nothing but what they read off the visible tokens
-        z = mar.decode(mar.encode(latents.view(B, h * w, C), mask, (h, w)), mask, (h, w))
+        mar, mul = model.mar, model.mar.config.diffusion_batch_mul   # by itself, as MAR's authors train it: the buffers tell the class
+        z = mar.decode(mar.encode(latents.view(B, h * w, C), mask, (h, w), batch["labels"]), mask, (h, w))
         return mar.diffloss.loss(z.flatten(0, 1).repeat(mul, 1), latents.view(-1, C).repeat(mul, 1), mask.flatten().repeat(mul))
 
     @torch.no_grad()

@@ -1,0 +1,247 @@
+"""How fast, and how close to what the machine can do.
+
+    python benchmark.py                                              # harmon-0.5b with random weights, 256 px, 16 steps, one image
+    python benchmark.py --model harmon-tiny --images 4
+    python benchmark.py --model harmon-1.5b --size 512 --steps 64 --dtype bfloat16 --device cuda --out 1.5b.json
+    python benchmark.py --what train --batch 8
+
+Each row: median seconds, the arithmetic counted while it ran (torch's FlopCounterMode: matrix products, convolutions, attention; a multiply-add is two), and
+the share of the machine's own rate, that of a large matrix product in the same dtype, measured first. The floor is that arithmetic at that rate. What reads
+all weights for little arithmetic (answers, token by token) has the memory's bandwidth as its floor.
+"""
+import argparse
+import json
+import platform
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import weights
+from harmon import GENERATE, IMAGE_TOKEN_ID, UNCONDITIONAL, Harmon
+from pretrained import HarmonConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(run, device, repeat, warm_up=1):
+    """Median seconds of `run()`."""
+    seconds = []
+    for i in range(warm_up + repeat):
+        synchronize(device)
+        began = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds += [time.perf_counter() - began] if i >= warm_up else []
+    return median(seconds)
+
+
+def flops_of(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def machine(device, dtype):
+    """The machine's rates: FLOP/s of a large matrix product, bytes/s of reading memory."""
+    n = 4096 if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    product = 2 * n ** 3 / timed(lambda: a @ b, device, 5)
+    big = torch.randn(2 ** 28 if device.type == "cpu" else 2 ** 30, device=device)                     # 1 or 4 GB of float32: no cache holds it
+    reading = big.numel() * 4 / timed(big.sum, device, 5)
+    return product, reading
+
+
+class Components:
+    """Times and counts the parts of a model while it runs, by wrapping the functions that its passes call."""
+
+    def __init__(self, model):
+        self.device, self.seconds, self.flops, self.counting = model.device, {}, {}, False
+        self.places = {"encoder": (model.mar, "encode"), "LLM": (model.llm, "forward"), "decoder": (model.mar, "decode"), "head": (model.mar.diffloss, "sample"),
+                       "VAE decoder": (model.vae, "decode")}
+
+    @contextmanager
+    def watching(self, counting):
+        self.counting, self.seconds, self.flops = counting, dict.fromkeys(self.places, 0.0), dict.fromkeys(self.places, 0) if counting else self.flops
+        for name, (owner, function) in self.places.items():
+            setattr(owner, function, self.wrapped(name, getattr(owner, function)))
+        try:
+            yield
+        finally:
+            for owner, function in self.places.values():
+                delattr(owner, function)
+
+    def wrapped(self, name, function):
+        def run(*args, **kwargs):
+            result = []
+            synchronize(self.device)
+            began = time.perf_counter()
+            if self.counting:
+                self.flops[name] += flops_of(lambda: result.append(function(*args, **kwargs)))
+            else:
+                result.append(function(*args, **kwargs))
+            synchronize(self.device)
+            self.seconds[name] += time.perf_counter() - began
+            return result[0]
+        return run
+
+
+def prompt_of(model, text, length=16):
+    """Token ids of a text; without a tokenizer as many random ones as a short prompt has."""
+    if model.tokenizer is not None:
+        return model.prompt_ids(text)
+    return torch.randint(model.config.llm.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def drawing(model, args):
+    """Rows of text-to-image: the whole, then its parts."""
+    grid = model.token_grid(args.size)
+    rows = [prompt_of(model, GENERATE.format(caption="three blue stars"))] * args.images + [prompt_of(model, UNCONDITIONAL, 12)] * args.images
+    L = max(map(len, rows))
+    ids, real = torch.tensor([row + [0] * (L - len(row)) for row in rows]), torch.tensor([[i < len(row) for i in range(L)] for row in rows])
+    run = lambda: model.sample(ids, real, num_iter=args.steps, grid=grid, generator=torch.Generator().manual_seed(0), progress=True)  # noqa: E731
+    parts, times = Components(model), []
+    with parts.watching(counting=True):                              # also the warm-up
+        run()
+    for _ in range(args.repeat):
+        with parts.watching(counting=False):
+            synchronize(model.device)
+            began = time.perf_counter()
+            run()
+            synchronize(model.device)
+            times.append({"text to image": time.perf_counter() - began, **{f"  {k}": v for k, v in parts.seconds.items()}})
+    flops = {"text to image": sum(parts.flops.values()), **{f"  {k}": v for k, v in parts.flops.items()}}
+    result = [{"what": name, "seconds": median(t[name] for t in times), "flops": flops[name]} for name in flops]
+    return result + [{"what": "  the rest", "seconds": result[0]["seconds"] - sum(r["seconds"] for r in result[1:]), "flops": 0}]
+
+
+def answering(model, args):
+    """Rows of understanding: encoding with prefill, and the tokens of an answer."""
+    h, w = model.token_grid(args.size)
+    s, n = model.config.vae.stride, h * w + model.config.mar.buffer_size
+    pixels, tail = torch.zeros(1, 3, h * s, w * s), prompt_of(model, "Describe the image.")
+    ids = torch.tensor([[IMAGE_TOKEN_ID] * n + tail], device=model.device)
+
+    def embeds():
+        with torch.no_grad():
+            return model.embed(ids, model.visual_features(model.encode(pixels))[1])
+
+    def answer(count):
+        return lambda: [*model.llm.generate(embeds(), max_new_tokens=count)]
+    first, all_ = timed(answer(1), model.device, args.repeat), timed(answer(args.tokens), model.device, args.repeat)
+    weight = sum(p.numel() * p.element_size() for p in model.llm.parameters())
+    rows = [{"what": f"image to text: prefill, {n} image tokens", "seconds": first, "flops": flops_of(answer(1))},
+            {"what": f"image to text: a token, over {args.tokens}", "seconds": (all_ - first) / max(1, args.tokens - 1), "bytes": weight}]
+    try:
+        rows.append({"what": "  the same LLM in transformers", "seconds": in_transformers(model, embeds(), args), "bytes": weight})
+    except ImportError:
+        pass
+    return rows
+
+
+def in_transformers(model, embeds, args):
+    """Seconds a token of transformers' greedy generate, of the same weights."""
+    import transformers
+
+    cfg = model.config.llm
+    with torch.device("meta"):
+        judge = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{k: getattr(cfg, k) for k in cfg.__dataclass_fields__ if k != "rope_theta"},
+                                                                       rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta}))
+    judge = judge.to_empty(device=model.device).to(model.dtype)
+    judge.load_state_dict(model.llm.state_dict(), strict=False)
+    judge.model.rotary_emb = type(judge.model.rotary_emb)(judge.config, device=model.device)
+    answer = lambda count: lambda: judge.eval().generate(inputs_embeds=embeds, max_new_tokens=count, min_new_tokens=count, do_sample=False)  # noqa: E731
+    first, all_ = timed(answer(1), model.device, args.repeat), timed(answer(args.tokens), model.device, args.repeat)
+    return (all_ - first) / max(1, args.tokens - 1)
+
+
+def training(model, args):
+    """Rows of one micro-batch forward and backward, by task, under bfloat16 autocast over float32 weights."""
+    model.float().train()
+    h, w = model.token_grid(args.size)
+    latents = torch.randn(args.batch, h, w, model.config.mar.token_dim, device=model.device)
+    n, tail = h * w + model.config.mar.buffer_size, prompt_of(model, GENERATE.format(caption="three blue stars"))
+    ids = torch.tensor([tail] * args.batch, device=model.device)
+    seen = torch.tensor([[IMAGE_TOKEN_ID] * n + tail] * args.batch, device=model.device)
+
+    def draw():
+        return model.text2image_loss(None, ids, torch.ones_like(ids, dtype=torch.bool), latents=latents)
+
+    def look():
+        labels = seen.masked_fill(seen == IMAGE_TOKEN_ID, -100)
+        return model.image2text_loss(None, seen, torch.ones_like(seen, dtype=torch.bool), labels, latents=latents)
+
+    def step(loss):
+        torch.manual_seed(0)
+        with torch.autocast(model.device.type, torch.bfloat16):
+            value = loss()
+        value.backward()
+        model.zero_grad(set_to_none=True)
+    return [{"what": f"training, {name}, micro-batch {args.batch}", "seconds": timed(lambda: step(loss), model.device, args.repeat), "flops": flops_of(lambda: step(loss))}  # noqa: B023
+            for name, loss in (("text to image", draw), ("image to text", look))]
+
+
+def make_model(args):
+    if args.model in ("harmon-0.5b", "harmon-1.5b"):                  # random weights: no file is needed to know how long it takes
+        with torch.device("meta"):
+            model = Harmon(HarmonConfig.from_name(args.model))
+        model.to_empty(device=args.device).to(args.dtype)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for p in tqdm(list(model.parameters()), desc="random weights", disable=None, leave=False):
+                p.normal_(std=0.02)
+        model.llm.tie_weights()
+        return model.eval()
+    return Harmon.from_pretrained(args.model, device=args.device, dtype=args.dtype)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="harmon-0.5b", help="harmon-0.5b or harmon-1.5b with random weights, or anything sample.py takes")
+    parser.add_argument("--what", nargs="+", choices=("draw", "answer", "train"), default=["draw", "answer"])
+    parser.add_argument("--size", type=int, help="pixels (default: the native size)")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--images", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=32, help="of an answer")
+    parser.add_argument("--batch", type=int, default=4, help="micro-batch of training")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    parser.add_argument("--dtype", type=DTYPES.get, default=torch.float32, metavar="|".join(DTYPES))
+    parser.add_argument("--out", type=Path, help="write the rows there as JSON")
+    args = parser.parse_args()
+    try:
+        if args.dtype is None or min(args.steps, args.images, args.tokens, args.batch, args.repeat) < 1:
+            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, and all counts at least 1")
+        product, reading = machine(args.device, args.dtype)
+        device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        about = {"device": device, "torch": torch.__version__, "dtype": str(args.dtype).removeprefix("torch."), "model": args.model, "size": args.size, "steps": args.steps,
+                 "images": args.images, "GFLOP/s": round(product / 1e9, 1), "GB/s": round(reading / 1e9, 1), "date": time.strftime("%Y-%m-%d")}
+        print(", ".join(f"{k} {v}" for k, v in about.items()) + "\n\n| | seconds | GFLOP | of the machine's rate | floor, s | times the floor |\n|---|---|---|---|---|---|")
+        model, rows = make_model(args), []
+        for what in args.what:
+            for row in {"draw": drawing, "answer": answering, "train": training}[what](model, args):
+                row["floor"] = row.get("flops", 0) / product + row.get("bytes", 0) / reading
+                rows.append(row)
+                share = f"{row['flops'] / row['seconds'] / product:.0%}" if row.get("flops") else ""
+                print(f"| {row['what']} | {row['seconds']:.4g} | {row.get('flops', 0) / 1e9:.4g} | {share} | {row['floor']:.4g} | "
+                      f"{row['seconds'] / row['floor'] if row['floor'] else float('nan'):.2f} |", flush=True)
+        if args.out:
+            with weights.replacing(args.out) as temporary:
+                Path(temporary).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    except (ValueError, OSError) as error:
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
