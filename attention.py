@@ -42,7 +42,7 @@ def plain_attention(q, k, v, mask=None, causal=False, dropout=0.0):
     """The definition, for as many key/value heads as query heads; causal wants L = S."""
     if causal:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])                      # (B, H, L, S)
+    scores = q / math.sqrt(q.shape[3]) @ k.transpose(2, 3)                      # (B, H, L, S); scaling the smaller of the two
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return F.dropout(scores.softmax(dim=-1), dropout) @ v

@@ -102,6 +102,7 @@ class Process:
             mean_from_x0=beta * before ** 0.5 / (1 - abar), mean_from_xt=(1 - before) * (abar / before) ** 0.5 / (1 - abar),
             log_beta=np.log(beta), log_variance=np.log(np.maximum(variance, 1e-300)))
         self.table = {name: torch.from_numpy(values).float() for name, values in table.items()}
+        self.scalars = [{name: column[i].item() for name, column in self.table.items()} for i in range(steps)]
 
     def at(self, t, *names):
         """The named constants at steps t (M,) as columns (M, 1) on t's device."""
@@ -123,6 +124,12 @@ def discretized_nll(x, mean, logvar):
 
 def gaussian_kl(mean1, logvar1, mean2, logvar2):
     return 0.5 * (logvar2 - logvar1 - 1 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
+
+
+def mix(v, log_beta, log_variance):
+    """The learned log variance: v = -1 gives the posterior's, v = 1 gives log β_t."""
+    f = (v + 1) / 2
+    return f * log_beta + (1 - f) * log_variance
 
 
 class DiffusionHead(nn.Module):
@@ -153,13 +160,6 @@ class DiffusionHead(nn.Module):
         for layer in [b.adaLN_modulation[1] for b in self.net.res_blocks] + [self.net.final_layer.adaLN_modulation[1], self.net.final_layer.linear]:
             nn.init.zeros_(layer.weight)
 
-    @staticmethod
-    def log_variance(process, v, t):
-        """v = -1 gives the posterior's variance, v = 1 gives β_t, interpolated in the log."""
-        log_beta, log_variance = process.at(t, "log_beta", "log_variance")
-        f = (v + 1) / 2
-        return f * log_beta + (1 - f) * log_variance
-
     def loss(self, z, target, mask=None, *, t=None, noise=None):
         """Mean over rows of the ε error plus the variational bound (bits per channel) that trains the variance.
 
@@ -173,15 +173,15 @@ class DiffusionHead(nn.Module):
         t = torch.randint(T, x0.shape[:1], device=x0.device) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise.float()
         process = self.training_process
-        signal, sigma, x0_from_xt, x0_from_eps, from_x0, from_xt, true_logvar = process.at(
-            t, "signal", "noise", "x0_from_xt", "x0_from_eps", "mean_from_x0", "mean_from_xt", "log_variance")
+        signal, sigma, x0_from_xt, x0_from_eps, from_x0, from_xt, log_beta, true_logvar = process.at(
+            t, "signal", "noise", "x0_from_xt", "x0_from_eps", "mean_from_x0", "mean_from_xt", "log_beta", "log_variance")
         x_t = signal * x0 + sigma * noise
         eps, v = self.net(x_t, t, z).float().chunk(2, dim=1)
         with torch.autocast(x0.device.type, enabled=False):
             mse = (noise - eps).square().mean(dim=1)
             # the bound trains the variance only, so the mean it sees is detached
             mean = from_x0 * (x0_from_xt * x_t - x0_from_eps * eps.detach()) + from_xt * x_t
-            logvar = self.log_variance(process, v, t)
+            logvar = mix(v, log_beta, true_logvar)
             kl = gaussian_kl(from_x0 * x0 + from_xt * x_t, true_logvar, mean, logvar)
             bound = torch.where(t[:, None] == 0, discretized_nll(x0, mean, logvar), kl).mean(dim=1) / math.log(2)
             return (mse + bound).mean()
@@ -199,20 +199,18 @@ class DiffusionHead(nn.Module):
         process, C = self.sampling_process, self.token_dim
         time = self.net.time_embed(process.timesteps.to(z.device))              # (S, W)
         cond = self.net.cond_embed(z)                                           # (M or 2M, W)
-        steps = torch.arange(len(process.timesteps), device=z.device)
         x = draw((M, C)).to(z.device, torch.float32)
         for i in range(len(process.timesteps) - 1, -1, -1):
-            t = steps[i:i + 1]
             out = self.net.denoise(x if cfg == 1 else torch.cat([x, x]), time[i] + cond).float()
             eps, v = out[:M].chunk(2, dim=1)                                    # the variance is the conditional row's
             if cfg != 1:
                 uncond = out[M:, :C]
                 eps = uncond + cfg * (eps - uncond)
-            x0_from_xt, x0_from_eps, from_x0, from_xt = process.at(t, "x0_from_xt", "x0_from_eps", "mean_from_x0", "mean_from_xt")
-            x0 = x0_from_xt * x - x0_from_eps * eps
+            now = process.scalars[i]                                            # plain numbers: every row is at the same step
+            x0 = now["x0_from_xt"] * x - now["x0_from_eps"] * eps
             if self.x0_clip is not None:
                 x0 = x0.clamp(-self.x0_clip, self.x0_clip)
-            x = from_x0 * x0 + from_xt * x
+            x = now["mean_from_x0"] * x0 + now["mean_from_xt"] * x
             if i > 0:
-                x = x + torch.exp(0.5 * self.log_variance(process, v, t)) * draw((M, C)).to(x) * temperature
+                x = x + torch.exp(0.5 * mix(v, now["log_beta"], now["log_variance"])) * draw((M, C)).to(x) * temperature
         return x

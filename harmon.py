@@ -74,8 +74,8 @@ class Harmon(nn.Module):
         """latents (B, h, w, C) -> pixels (B, 3, s·h, s·w), about in [-1, 1]."""
         return self.vae.decode((latents / self.config.vae_scale).permute(0, 3, 1, 2).to(self.dtype))
 
-    def visual_features(self, latents, mask=None):
-        """latents (B, h, w, C), mask (B, N) bool, True = hidden, None = all visible.
+    def visual_features(self, latents, mask=None, visible=None):
+        """latents (B, h, w, C), mask (B, N) bool, True = hidden, None = all visible; visible (B, V): the same, where the caller has it.
 
         Returns x_enc (B, n+V, D), buffers first, and z_enc (B, V+n, H), buffers last: the LLM, being causal, then has seen the
         image when it comes to the buffers.
@@ -83,7 +83,7 @@ class Harmon(nn.Module):
         B, h, w, C = latents.shape
         if mask is None:
             mask = torch.zeros(B, h * w, dtype=torch.bool, device=latents.device)
-        x_enc = self.mar.encode(latents.reshape(B, h * w, C).to(self.dtype), mask, (h, w))
+        x_enc = self.mar.encode(latents.reshape(B, h * w, C).to(self.dtype), mask, (h, w), visible=visible)
         z_enc = self.proj_in(x_enc)
         return x_enc, torch.cat([z_enc[:, self.mar.config.buffer_size:], z_enc[:, :self.mar.config.buffer_size]], dim=1)
 
@@ -146,12 +146,13 @@ class Harmon(nn.Module):
             m, m_next = masked[k - 1:k + 1]
             if m_next == m:
                 continue
-            hidden = torch.zeros(B, N, dtype=torch.bool, device=device).scatter(1, orders[:, :m], True).repeat(halves, 1)
-            x_enc, z_enc = self.visual_features(tokens.view(B, h, w, C).repeat(halves, 1, 1, 1), hidden)
+            hidden = torch.zeros(B, N, dtype=torch.bool, device=device).scatter(1, orders[:, :m], True)
+            visible = orders[:, m:].sort(dim=1).values
+            x_enc, z_enc = (x.repeat(halves, 1, 1) for x in self.visual_features(tokens.view(B, h, w, C), hidden, visible))   # the same for both halves
             real = torch.cat([attention_mask.to(device), attention_mask.new_ones(z_enc.shape[:2]).to(device)], dim=1)
             z_llm = self.llm(inputs_embeds=z_enc, attention_mask=real, cache=cache)
             cache.truncate(prompt)                                                   # the encoder is bidirectional: all change
-            z = self.mar.decode(self.back_to_mar(x_enc, z_llm), hidden, (h, w))      # (rows, N, D)
+            z = self.mar.decode(self.back_to_mar(x_enc, z_llm), hidden.repeat(halves, 1), (h, w), visible.repeat(halves, 1))   # (rows, N, D)
 
             new = orders[:, m_next:m].sort(dim=1).values                             # (B, m - m_next), raster order
             z = z.gather(1, new.repeat(halves, 1)[..., None].expand(-1, -1, z.shape[-1])).flatten(0, 1)
@@ -160,7 +161,7 @@ class Harmon(nn.Module):
             drawn = self.mar.diffloss.sample(z, temperature=temperature, cfg=weight, noise_fn=draw)
             tokens = tokens.scatter(1, new[..., None].expand(-1, -1, C), drawn.view(B, -1, C))
             if on_step is not None:
-                on_step(k, tokens.view(B, h, w, C), torch.zeros_like(hidden[:B]).scatter(1, orders[:, :m_next], True))
+                on_step(k, tokens.view(B, h, w, C), torch.zeros_like(hidden).scatter(1, orders[:, :m_next], True))
         return self.decode(tokens.view(B, h, w, C))
 
     def noise_source(self, B, count, generator):

@@ -162,9 +162,10 @@ class MAR(nn.Module):
         image = F.interpolate(image, size=(h, w), mode="bilinear", align_corners=False)
         return torch.cat([buffers, image.flatten(2).transpose(1, 2)], dim=1)
 
-    def encode(self, tokens, mask, grid, labels=None):
+    def encode(self, tokens, mask, grid, labels=None, visible=None):
         """tokens (B, N, C), mask (B, N) bool with True = hidden, grid (h, w) -> (B, n + V, D), buffers first.
 
+        visible (B, V) int: `visible_index(mask)`, where the caller has it: to find it waits for the device.
         labels (B,) int: classes that the buffers tell of, -1 = none; only for pretraining a MAR by itself.
         """
         B, n = tokens.shape[0], self.config.buffer_size
@@ -174,19 +175,20 @@ class MAR(nn.Module):
         x = torch.cat([buffers[:, None].expand(-1, n, -1), self.z_proj(tokens)], dim=1)          # (B, n+N, D)
         x = self.z_proj_ln(x + self.position_embedding(self.encoder_pos_embed_learned, grid))
         buffers, image = x[:, :n], x[:, n:]
-        index = visible_index(mask)[..., None].expand(-1, -1, x.shape[-1])                       # (B, V, D)
+        visible = visible_index(mask) if visible is None else visible
+        index = visible[..., None].expand(-1, -1, x.shape[-1])                                   # (B, V, D)
         x = torch.cat([buffers, image.gather(1, index)], dim=1)                                  # (B, n+V, D)
         for block in self.encoder_blocks:
             x = block(x)
         return self.encoder_norm(x)
 
-    def decode(self, x, mask, grid):
-        """x (B, n + V, D), buffers first, mask and grid as in `encode` -> conditions z (B, N, D) for the diffusion head."""
+    def decode(self, x, mask, grid, visible=None):
+        """x (B, n + V, D), buffers first, mask, grid and visible as in `encode` -> conditions z (B, N, D) for the diffusion head."""
         n = self.config.buffer_size
         x = self.decoder_embed(x)
-        buffers, visible = x[:, :n], x[:, n:]
-        index = visible_index(mask)[..., None].expand(-1, -1, x.shape[-1])
-        image = self.mask_token.to(x.dtype).expand(x.shape[0], mask.shape[1], -1).scatter(1, index, visible)
+        index = (visible_index(mask) if visible is None else visible)[..., None].expand(-1, -1, x.shape[-1])
+        image = self.mask_token.to(x.dtype).expand(x.shape[0], mask.shape[1], -1).scatter(1, index, x[:, n:])
+        buffers = x[:, :n]
         x = torch.cat([buffers, image], dim=1)                                                   # (B, n+N, D)
         x = x + self.position_embedding(self.decoder_pos_embed_learned, grid)
         for block in self.decoder_blocks:
