@@ -159,7 +159,7 @@ def in_transformers(model, embeds, args):
                                                                        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta}))
     judge = judge.to_empty(device=model.device).to(model.dtype)
     judge.load_state_dict(model.llm.state_dict(), strict=False)
-    judge.model.rotary_emb = type(judge.model.rotary_emb)(judge.config, device=model.device)
+    judge.model.rotary_emb = type(judge.model.rotary_emb)(judge.config).to(model.device)
     answer = lambda count: lambda: judge.eval().generate(inputs_embeds=embeds, max_new_tokens=count, min_new_tokens=count, do_sample=False)  # noqa: E731
     first, all_ = timed(answer(1), model.device, args.repeat), timed(answer(args.tokens), model.device, args.repeat)
     return (all_ - first) / max(1, args.tokens - 1)

@@ -1,0 +1,48 @@
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, SMALL
+
+import benchmark
+
+
+def test_the_parts_are_counted_where_they_run(small):
+    rows = benchmark.drawing(small, SimpleNamespace(size=None, steps=3, images=2, repeat=1))
+    by_name = {row["what"].strip(): row for row in rows}
+    assert list(by_name) == ["text to image", "encoder", "LLM", "decoder", "head", "VAE decoder", "the rest"]
+    assert all(row["seconds"] > 0 for row in rows)
+    m = SMALL.mar
+    W, C, S = m.head_width, m.token_dim, m.diffusion_steps
+    tokens = 2 * 2 * 16                                              # two images, guidance, each of 16 tokens drawn once
+    once = 2 * m.embed_dim * W
+    each_step = 2 * C * W + m.head_depth * (2 * 2 * W * W + 2 * W * 3 * W) + 2 * W * 2 * W + 2 * W * 2 * C
+    times = 3 * S * (2 * 256 * W + 2 * W * W)
+    assert by_name["head"]["flops"] == tokens * (once + S * each_step) + times
+    assert by_name["text to image"]["flops"] == sum(row["flops"] for row in rows[1:])
+    assert not {"encode", "decode"} & set(vars(small.mar)), "the wrappers are taken off again"
+
+
+def test_answers_and_training(small, tokenizer):
+    args = SimpleNamespace(size=None, repeat=1, tokens=4, batch=2)
+    rows = benchmark.answering(small, args)
+    assert [row["what"][:14] for row in rows] == ["image to text:", "image to text:", "  the same LLM"]
+    assert rows[1]["bytes"] == sum(p.numel() * 4 for p in small.llm.parameters())
+
+
+@pytest.mark.parametrize("flags, message", [(("--steps", "0"), "at least 1"), (("--dtype", "int8"), "--dtype must be one of")])
+def test_wrong_flags(flags, message):
+    done = subprocess.run([sys.executable, "benchmark.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_from_the_command_line(tmp_path):
+    done = subprocess.run([sys.executable, "benchmark.py", "--model", "harmon-tiny", "--steps", "2", "--repeat", "1", "--what", "draw", "train", "--batch", "1",
+                           "--out", tmp_path / "rows.json"], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "rows.json").read_text())
+    assert content["about"]["model"] == "harmon-tiny" and content["about"]["GFLOP/s"] > 1
+    assert len(content["rows"]) == 9 and all(row["seconds"] > row["floor"] for row in content["rows"][:1])
