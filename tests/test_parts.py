@@ -8,7 +8,7 @@ from conftest import SMALL, shake
 import attention as attention_module
 from attention import attention
 from diffusion_head import DiffusionHead, Process, cosine_alphas_cumprod
-from mar import MAR, visible_index
+from mar import MAR, MARConfig, visible_index
 from vae import AutoencoderKL
 
 
@@ -228,3 +228,28 @@ def test_half_precision_head_diffuses_in_float32():
     half = head.bfloat16().sample(z.bfloat16(), noise_fn=draw())
     assert half.dtype == torch.float32
     assert ((half - exact).norm() / exact.norm()) < 0.05
+
+
+def test_buffers_can_tell_a_class(small):
+    """Label -1 is what Harmon uses always; another label changes what the encoder says."""
+    tokens, mask = torch.randn(2, 16, 4), torch.zeros(2, 16, dtype=torch.bool)
+    plain = small.mar.encode(tokens, mask, (4, 4))
+    assert torch.equal(plain, small.mar.encode(tokens, mask, (4, 4), torch.tensor([-1, -1])))
+    told = small.mar.encode(tokens, mask, (4, 4), torch.tensor([-1, 1]))
+    assert torch.equal(told[0], plain[0]) and not torch.allclose(told[1], plain[1], atol=1e-3)
+
+
+def test_attention_starts_local():
+    """At the start a hidden token looks at its neighbors more than at tokens far away; queries equal keys in half of the heads only."""
+    torch.manual_seed(0)
+    mar = MAR(MARConfig(img_size=64, vae_stride=8, embed_dim=96, encoder_depth=1, decoder_depth=1, num_heads=6, buffer_size=8, token_dim=4, class_num=1, head_depth=1, head_width=32))
+    block = mar.decoder_blocks[0]
+    q, k, _ = block.attn.qkv.weight.chunk(3)
+    assert torch.equal(q[:48], k[:48]) and not torch.equal(q[48:], k[48:])
+    x = block.norm1(mar.mask_token + mar.decoder_pos_embed_learned)[0, 8:]                     # (64, 96), all hidden
+    logits = ((x @ q[:48].T).view(64, 3, 16).transpose(0, 1) @ (x @ k[:48].T).view(64, 3, 16).permute(1, 2, 0)) / 4
+    weights = logits.softmax(-1).mean(0).detach()                                               # (64, 64)
+    place = torch.stack(torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij"), -1).view(64, 2)
+    far = (place[:, None] - place).abs().amax(-1)
+    near = weights[(far == 1)].mean().item()
+    assert near > 2 * weights[far >= 4].mean().item()

@@ -88,3 +88,12 @@ def test_prompts_are_many_and_fixed():
     assert {category for category, _, _ in seen} == set(evaluate.CATEGORIES)
     for _, scene, caption in held_out:
         assert any(f"{t.color} {t.shape}" in caption for t in scene.things if (t.color, t.shape) in shapes.HELD_OUT)
+
+
+def test_labels_tell_what_and_how_many(scenes):
+    told = {}
+    for s in scenes:
+        if s.kind != "pair":
+            told.setdefault((len(s.things), s.things[0].color, s.things[0].shape), set()).add(shapes.label(s))
+    assert all(len(labels) == 1 for labels in told.values()) and len(set.union(*told.values())) == len(told)
+    assert {shapes.label(s) for s in scenes} <= set(range(shapes.LABELS))

@@ -14,6 +14,7 @@ from PIL import Image
 
 import monitor
 import recipes
+import shapes
 import train
 import weights
 from harmon import Harmon
@@ -23,7 +24,7 @@ from recipes import RECIPES, Recipe
 ALL = {"mar-decoder": 1e-3, "mar-encoder": 1e-3, "llm": 1e-3}
 SHORT = Recipe(ratio={"text2image": 2, "image2text": 1, "text": 1}, lr=ALL, steps=6, batch=8, micro_batch=2, size=64, scenes=20, save_every=3, sample_every=0, warmup=0.3,
                checkpointing=False, ema=0.9)
-SMALL_64 = replace(SMALL, mar=replace(SMALL.mar, img_size=64, dropout=0.1))
+SMALL_64 = replace(SMALL, mar=replace(SMALL.mar, img_size=64, dropout=0.1, class_num=shapes.LABELS))
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def test_every_parameter_has_the_recipes_rate(name):
     given = groups_by_name(model, recipe)
     for n, p in model.named_parameters():
         head = n.startswith(("mar.decoder", "mar.mask_token", "mar.diffusion_pos_embed_learned", "mar.diffloss", "proj_out"))
-        encoder = n.startswith(("mar.encoder", "mar.z_proj", "mar.fake_latent", "proj_in"))
+        encoder = n.startswith(("mar.encoder", "mar.z_proj", "mar.fake_latent", "mar.class_emb", "proj_in"))
         part = "mar-decoder" if head else "mar-encoder" if encoder else n.split(".")[0]
         assert p.requires_grad == (n in given) == (part in recipe.lr), n
         if p.requires_grad:
