@@ -72,9 +72,9 @@ MAR_KEYS = {  # the official config's names -> ours
 
 TINY = HarmonConfig(
     llm=QwenConfig(vocab_size=512, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2),
-    mar=MARConfig(img_size=64, vae_stride=8, embed_dim=192, encoder_depth=4, decoder_depth=4, num_heads=6, buffer_size=8, token_dim=4, class_num=150,
-                  dropout=0.0, head_depth=3, head_width=192, x0_clip=12.0),
-    vae=VAEConfig(ch=32, ch_mult=(1, 1, 2, 2), z_channels=4), vae_scale=1.0)
+    mar=MARConfig(img_size=64, vae_stride=8, embed_dim=192, encoder_depth=4, decoder_depth=4, num_heads=6, buffer_size=8, token_dim=8, class_num=150,
+                  dropout=0.0, head_depth=3, head_width=192, x0_clip=5.0),
+    vae=VAEConfig(ch=32, ch_mult=(1, 1, 2, 2), z_channels=8), vae_scale=1.0)
 
 
 def infer_config(tensors, source):

@@ -42,7 +42,8 @@ class Recipe:
     save_every: int = 1000        # steps
     sample_every: int = 1000      # steps; 0: never
     scenes: int = 40_000          # of the shapes world, when there is no mixture
-    kl: float = 1.5e-3            # of the VAE's loss
+    kl: float = 1e-2              # of the VAE's loss
+    free_nats: float = 1.3        # of each of the VAE's channels, not charged: or it packs all it knows into two of them, in codes too fine to generate
     local: float = 0.05           # of the VAE's loss: the same pixels, the same code
     image_gradient: float = 0.1   # scale of the gradient into the embeddings of images that are only looked at
     cosine_mask: bool = False     # masking ratios as the sampler meets them, cos(π/2 · u), instead of the paper's [0.7, 1]

@@ -51,7 +51,8 @@ class Losses(nn.Module):
         if task == "reconstruct":
             pixels, posterior = batch["pixels"], model.vae.encode(batch["pixels"])
             error = (model.vae.decode(posterior.sample()) - pixels).square().mean()
-            return error + self.recipe.kl * posterior.kl().mean() + self.recipe.local * locality(pixels, posterior.mean)
+            nats = posterior.kl().mean(dim=(0, 2, 3))                # of each channel
+            return error + self.recipe.kl * nats.clamp(min=self.recipe.free_nats).mean() + self.recipe.local * locality(pixels, posterior.mean)
         if task in ("text", "image2text"):
             return model.image2text_loss(**{"pixels": None} | batch)
         latents = batch["latents"] if "latents" in batch else self.encode(batch["pixels"])
