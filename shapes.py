@@ -1,7 +1,8 @@
 """The shapes world: an endless supply of small scenes with captions and questions, made from an integer.
 
 It mirrors the six categories of GenEval (2310.11513) in 64×64 pixels: one object, two objects, counting, colors, position and
-color attribution. Things vary in shade, in size and, on a lattice of 4 pixels, in place: a world that two CPU cores can learn.
+color attribution. Things vary in shade, size and place; their boxes lie on a lattice of 8 pixels, the stride of harmon-tiny's VAE, so that a token
+shows one of few patterns: a world that two CPU cores can learn.
 Everything is a pure function of (seed, index), so a data set needs no files. The combinations of color and shape in HELD_OUT never occur
 in training (`held_out=False`), neither in pictures nor in words; they measure composition.
 
@@ -25,8 +26,8 @@ NUMBERS = ("no", "one", "two", "three", "four")
 INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 SIDES = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
-DIAMETERS = {"single": (24, 32, 40), "pair": (20, 24, 28), 2: (20, 24), 3: (20,), 4: (20,)}        # pixels, by kind of scene
-LATTICE = 4                                                                                        # pixels between places for centers
+DIAMETERS = {"single": (22, 30, 38), "pair": (22, 30), "count": (22,)}                             # pixels, by kind of scene
+LATTICE, MARGIN = 8, 1                                                                             # pixels; a thing's box is a margin larger on each side
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,17 @@ def shade(color, rng):
 
 
 def place(kind, n, rng):
-    """n centers, on the lattice, and diameters; inside the picture and apart from each other. A pair lies clearly along one axis."""
-    sizes = DIAMETERS[kind if n == 1 or kind == "pair" else n]
-    inside = {s: range(LATTICE * (s // 2 // LATTICE + 1), SIZE - s // 2, LATTICE) for s in sizes}
+    """n centers and diameters: boxes on the lattice, inside the picture and apart, like things by a token more. A pair lies clearly along one axis."""
+    gap = 0 if kind == "pair" else LATTICE
     while True:
-        spots = [(rng.choice(inside[s]), rng.choice(inside[s]), s) for s in rng.choices(sizes, k=n)]
-        far = all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) > (a[2] + b[2]) / 2 + 3 for i, a in enumerate(spots) for b in spots[:i])
-        if far and kind == "pair":
+        sizes = rng.choices(DIAMETERS[kind], k=n)
+        boxes = [(rng.randrange(0, SIZE - s - 2 * MARGIN + 1, LATTICE), rng.randrange(0, SIZE - s - 2 * MARGIN + 1, LATTICE), s + 2 * MARGIN) for s in sizes]
+        spots = [(x + side / 2, y + side / 2, side - 2 * MARGIN) for x, y, side in boxes]
+        good = all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= (a[2] + b[2]) / 2 + 2 * MARGIN + gap for i, a in enumerate(spots) for b in spots[:i])
+        if good and kind == "pair":
             dx, dy = abs(spots[0][0] - spots[1][0]), abs(spots[0][1] - spots[1][1])
-            far = max(dx, dy) > 1.5 * min(dx, dy)
-        if far:
+            good = max(dx, dy) > 1.5 * min(dx, dy)
+        if good:
             return spots
 
 
@@ -237,8 +239,8 @@ def reading_turns(scene, rng):
 
 
 def looking_turns(scene, rng):
-    """Two or three questions about a picture; a fact now and then, so that not every answer is sought in the picture."""
-    turns = [(q, a) for _, q, a in rng.sample(questions(scene, rng), rng.choice((2, 3)))]
+    """Three to five questions about a picture; a fact now and then, so that not every answer is sought in the picture."""
+    turns = [(q, a) for _, q, a in rng.sample(questions(scene, rng), rng.choice((3, 4, 5)))]
     return turns + ([rng.choice(FACTS)] if rng.random() < 0.05 else [])
 
 

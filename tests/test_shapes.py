@@ -33,11 +33,13 @@ def test_held_out_scenes_hold_one():
         assert {(t.color, t.shape) for t in shapes.scene("x", i, held_out=True).things} & shapes.HELD_OUT
 
 
-def test_things_stay_inside_and_apart(scenes):
+def test_things_stay_inside_and_apart_and_their_boxes_lie_on_the_lattice(scenes):
     for s in scenes[:500]:
         for i, a in enumerate(s.things):
-            assert a.size / 2 < a.x < 64 - a.size / 2 and a.size / 2 < a.y < 64 - a.size / 2
-            assert all(max(abs(a.x - b.x), abs(a.y - b.y)) > (a.size + b.size) / 2 + 3 for b in s.things[:i])
+            box = [a.x - a.size / 2 - shapes.MARGIN, a.y - a.size / 2 - shapes.MARGIN, a.size + 2 * shapes.MARGIN]
+            assert all(v % 8 == 0 for v in box) and min(box[:2]) >= 0 and max(box[:2]) + box[2] <= 64
+            between = 2 if s.kind == "pair" else 10
+            assert all(max(abs(a.x - b.x), abs(a.y - b.y)) >= (a.size + b.size) / 2 + between for b in s.things[:i])
 
 
 def test_captions_and_answers_are_true():
