@@ -28,6 +28,10 @@ def attention(q, k, v, *, mask=None, causal=False, dropout=0.0):
         # FlashAttention wants (B, L, H, d), groups heads itself and aligns the causal triangle to the last key, as we do.
         out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=dropout, causal=causal)
         return out.transpose(1, 2)
+    if k.shape[1] != q.shape[1] and L == 1:  # the heads of a group as queries of one head: nothing is copied
+        B, G, _, d = k.shape
+        mask = mask if mask is None else mask.expand(*q.shape[:3], S).reshape(B, G, -1, S)
+        return F.scaled_dot_product_attention(q.reshape(B, G, -1, d), k, v, attn_mask=mask, dropout_p=dropout).reshape(q.shape)
     if k.shape[1] != q.shape[1]:  # repeating beats enable_gqa, which falls back to the slow path with a mask
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if causal and L != S:  # torch aligns its triangle to the first key

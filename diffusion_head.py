@@ -187,30 +187,68 @@ class DiffusionHead(nn.Module):
             return (mse + bound).mean()
 
     @torch.no_grad()
-    def sample(self, z, *, temperature=1.0, cfg=1.0, noise_fn=None):
-        """Draw a token for each condition by ancestral sampling.
+    def sample(self, z, *, temperature=1.0, cfg=1.0, noise_fn=None, solver="ancestral", steps=None):
+        """Draw a token for each condition.
 
         z (M, D), or with cfg != 1 (2M, D) = [conditional; unconditional]. temperature scales the noise added at each step.
-        noise_fn(shape) -> tensor gives every Gaussian draw: the start (M, C), then one for each step but the last.
-        Returns float32 (M, C).
+        noise_fn(shape) -> tensor gives every Gaussian draw: the start (M, C), then, for the ancestral solver, one for each step but the last.
+        solver: "ancestral" (DDPM, learned variance), or "ddim" (2010.02502) and "dpm++" (2M, 2211.01095), which add no noise and need fewer steps.
+        steps: diffusion steps, default sampling_steps. Returns float32 (M, C).
         """
+        if solver not in SOLVERS or (temperature != 1 and solver != "ancestral"):
+            raise ValueError(f"solver is {solver!r}; known: {', '.join(SOLVERS)}; and only the ancestral one takes a temperature other than 1")
         M = z.shape[0] // (1 if cfg == 1 else 2)
         draw = noise_fn or (lambda shape: torch.randn(shape, device=z.device))
-        process, C = self.sampling_process, self.token_dim
+        process = self.sampling_process if steps is None else Process(steps)
+        draws = len(process.timesteps) if solver == "ancestral" else 1
+        noise = torch.stack([draw((M, self.token_dim)).to(z.device, torch.float32) for _ in range(draws)])
         time = self.net.time_embed(process.timesteps.to(z.device))              # (S, W)
+        return self.solve(z, noise, time, cfg, temperature, solver, process.scalars)
+
+    def solve(self, z, noise, time, cfg, temperature, solver, constants):
+        """`sample` with all noise (draws, M, C) and time embeddings (S, W) at hand. It touches nothing but the device, so that fast.py can capture it;
+        there cfg and temperature are 0-dim tensors."""
+        M, C = noise.shape[1:]
         cond = self.net.cond_embed(z)                                           # (M or 2M, W)
-        x = draw((M, C)).to(z.device, torch.float32)
-        for i in range(len(process.timesteps) - 1, -1, -1):
-            out = self.net.denoise(x if cfg == 1 else torch.cat([x, x]), time[i] + cond).float()
+
+        def predict(x, i):
+            """x_0 and the variance mix, from x_t at step i."""
+            out = self.net.denoise(x if z.shape[0] == M else torch.cat([x, x]), time[i] + cond).float()
             eps, v = out[:M].chunk(2, dim=1)                                    # the variance is the conditional row's
-            if cfg != 1:
+            if z.shape[0] != M:
                 uncond = out[M:, :C]
                 eps = uncond + cfg * (eps - uncond)
-            now = process.scalars[i]                                            # plain numbers: every row is at the same step
-            x0 = now["x0_from_xt"] * x - now["x0_from_eps"] * eps
-            if self.x0_clip is not None:
-                x0 = x0.clamp(-self.x0_clip, self.x0_clip)
-            x = now["mean_from_x0"] * x0 + now["mean_from_xt"] * x
-            if i > 0:
-                x = x + torch.exp(0.5 * mix(v, now["log_beta"], now["log_variance"])) * draw((M, C)).to(x) * temperature
-        return x
+            x0 = constants[i]["x0_from_xt"] * x - constants[i]["x0_from_eps"] * eps
+            return (x0 if self.x0_clip is None else x0.clamp(-self.x0_clip, self.x0_clip)), v
+
+        return SOLVERS[solver](predict, noise, temperature, constants)
+
+
+def ancestral(predict, noise, temperature, constants):
+    """Draw x_{t-1} from q(x_{t-1} | x_t, x_0) with the predicted x_0 and the learned variance."""
+    x = noise[0]
+    for i in range(len(constants) - 1, -1, -1):
+        x0, v = predict(x, i)
+        now = constants[i]                                                      # plain numbers: every row is at the same step
+        x = now["mean_from_x0"] * x0 + now["mean_from_xt"] * x
+        if i > 0:
+            x = x + torch.exp(0.5 * mix(v, now["log_beta"], now["log_variance"])) * noise[-i] * temperature
+    return x
+
+
+def ode(order):
+    """DPM-Solver++ in x_0, algorithm 2 of 2211.01095: of order 1, which is DDIM, or 2, with the last step's x_0 as the second point."""
+    def solve(predict, noise, temperature, constants):
+        x, last, h_last = noise[0], None, None
+        for i in range(len(constants) - 1, 0, -1):
+            x0, _ = predict(x, i)
+            now, then = constants[i], constants[i - 1]
+            h = math.log(then["signal"] / then["noise"]) - math.log(now["signal"] / now["noise"])
+            target = x0 if order == 1 or last is None else x0 + h / (2 * h_last) * (x0 - last)
+            x = then["noise"] / now["noise"] * x - then["signal"] * math.expm1(-h) * target
+            last, h_last = x0, h
+        return predict(x, 0)[0]
+    return solve
+
+
+SOLVERS = {"ancestral": ancestral, "ddim": ode(1), "dpm++": ode(2)}

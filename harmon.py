@@ -71,8 +71,10 @@ class Harmon(nn.Module):
         return z.permute(0, 2, 3, 1) * self.config.vae_scale
 
     def decode(self, latents):
-        """latents (B, h, w, C) -> pixels (B, 3, s·h, s·w), about in [-1, 1]."""
-        return self.vae.decode((latents / self.config.vae_scale).permute(0, 3, 1, 2).to(self.dtype))
+        """latents (B, h, w, C) -> pixels (B, 3, s·h, s·w), about in [-1, 1]. At most a megapixel at once, which bounds the memory."""
+        z = (latents / self.config.vae_scale).permute(0, 3, 1, 2).to(self.dtype)
+        at_once = max(1, 2 ** 20 // (z.shape[2] * z.shape[3] * self.config.vae.stride ** 2))
+        return torch.cat([self.vae.decode(part) for part in z.split(at_once)])
 
     def visual_features(self, latents, mask=None, visible=None):
         """latents (B, h, w, C), mask (B, N) bool, True = hidden, None = all visible; visible (B, V): the same, where the caller has it.
@@ -109,7 +111,7 @@ class Harmon(nn.Module):
 
     @torch.no_grad()
     def sample(self, input_ids, attention_mask, *, num_iter=64, cfg=3.0, cfg_schedule="constant", temperature=1.0, grid=None, orders=None, noise_fn=None,
-               generator=None, progress=False, on_step=None, known=None, known_mask=None):
+               generator=None, progress=False, on_step=None, known=None, known_mask=None, solver="ancestral", diffusion_steps=None):
         """Masked autoregressive generation: pixels (B, 3, s·h, s·w).
 
         input_ids, attention_mask (rows, L): with cfg != 1 rows = 2B, [conditional; unconditional]; with cfg = 1 rows = B.
@@ -118,6 +120,7 @@ class Harmon(nn.Module):
         generator: a torch.Generator, or a list of B, one an image, so that an image does not depend on its batch.
         on_step(k, tokens (B, h, w, C), hidden (B, N)) is called after each step.
         known (B, h, w, C) with known_mask (N,) bool, True = keep: those tokens start visible and stay (inpainting).
+        solver, diffusion_steps: of the head, see DiffusionHead.sample.
         """
         if num_iter < 1 or cfg < 0 or temperature < 0 or cfg_schedule not in ("constant", "linear"):
             raise ValueError(f"num_iter {num_iter} must be at least 1, cfg {cfg} and temperature {temperature} at least 0, "
@@ -157,16 +160,16 @@ class Harmon(nn.Module):
             new = orders[:, m_next:m].sort(dim=1).values                             # (B, m - m_next), raster order
             z = z.gather(1, new.repeat(halves, 1)[..., None].expand(-1, -1, z.shape[-1])).flatten(0, 1)
             weight = cfg if cfg_schedule == "constant" or cfg == 1 else 1 + (cfg - 1) * (total - max(1, m_next)) / total  # the schedule's own m_K is 1
-            draw = noise_fn or self.noise_source(B, m - m_next, generators or generator)
-            drawn = self.mar.diffloss.sample(z, temperature=temperature, cfg=weight, noise_fn=draw)
+            draw = noise_fn or self.noise_source(B, m - m_next, generators or generator, diffusion_steps)
+            drawn = self.mar.diffloss.sample(z, temperature=temperature, cfg=weight, noise_fn=draw, solver=solver, steps=diffusion_steps)
             tokens = tokens.scatter(1, new[..., None].expand(-1, -1, C), drawn.view(B, -1, C))
             if on_step is not None:
                 on_step(k, tokens.view(B, h, w, C), torch.zeros_like(hidden).scatter(1, orders[:, :m_next], True))
         return self.decode(tokens.view(B, h, w, C))
 
-    def noise_source(self, B, count, generator):
+    def noise_source(self, B, count, generator, diffusion_steps=None):
         """A noise_fn for one step's new tokens, `count` an image: all draws at once, on the generators' device, image by image."""
-        S, C = self.mar.config.diffusion_steps, self.mar.config.token_dim
+        S, C = diffusion_steps or self.mar.config.diffusion_steps, self.mar.config.token_dim
         if isinstance(generator, (list, tuple)):
             noise = torch.stack([torch.randn(S, count, C, generator=g, device=g.device) for g in generator], dim=1)
         else:

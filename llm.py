@@ -43,24 +43,26 @@ QWEN_SIZES = {
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one pair of (B, kv_heads, length, d) a layer."""
+    """Keys and values of the tokens seen so far: a pair of (B, kv_heads, capacity, d) a layer, the first `length` of them filled."""
 
     def __init__(self):
-        self.layers = []
-
-    @property
-    def length(self):
-        return self.layers[0][0].shape[2] if self.layers else 0
+        self.length, self.layers = 0, []
 
     def append(self, layer, k, v):
+        """New k, v (B, kv_heads, L, d) -> all of them, (B, kv_heads, length + L, d). The model adds L to `length` after its last layer."""
+        end = self.length + k.shape[2]
         if layer == len(self.layers):
-            self.layers.append((k, v))
-        else:
-            self.layers[layer] = tuple(torch.cat([old, new], dim=2) for old, new in zip(self.layers[layer], (k, v)))
-        return self.layers[layer]
+            self.layers.append((k[:, :, :0], v[:, :, :0]))
+        if self.layers[layer][0].shape[2] < end:                                # at least double, so that growing costs little
+            more = max(end, 2 * self.layers[layer][0].shape[2])
+            self.layers[layer] = tuple(torch.cat([old[:, :, :self.length], old.new_empty(*old.shape[:2], more - self.length, old.shape[3])], dim=2)
+                                       for old in self.layers[layer])
+        for buffer, new in zip(self.layers[layer], (k, v)):
+            buffer[:, :, self.length:end] = new
+        return tuple(buffer[:, :, :end] for buffer in self.layers[layer])
 
     def truncate(self, length):
-        self.layers = [(k[:, :, :length], v[:, :, :length]) for k, v in self.layers]
+        self.length = min(self.length, length)
 
 
 class RMSNorm(nn.Module):
@@ -175,6 +177,8 @@ class Qwen2(nn.Module):
         cos, sin = rotary(positions, self.config.hidden_size // self.config.num_attention_heads, self.config.rope_theta, x.dtype)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, cos, sin, mask, cache, i)
+        if cache is not None:
+            cache.length = past + L
         return self.model.norm(x)
 
     def logits(self, hidden):

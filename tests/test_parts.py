@@ -7,7 +7,7 @@ from conftest import SMALL, shake
 
 import attention as attention_module
 from attention import attention
-from diffusion_head import DiffusionHead, Process, cosine_alphas_cumprod
+from diffusion_head import SOLVERS, DiffusionHead, Process, cosine_alphas_cumprod
 from mar import MAR, MARConfig, visible_index
 from vae import AutoencoderKL
 
@@ -215,6 +215,40 @@ def test_number_of_draws(head):
         return torch.zeros(shape)
     head.sample(torch.randn(6, 8), cfg=2.0, noise_fn=count)
     assert shapes == [(3, 4)] * 10
+
+
+@pytest.mark.parametrize("solver, order", [("ddim", 1), ("dpm++", 2)])
+def test_deterministic_solvers_converge_to_the_exact_flow(solver, order):
+    """Of data from N(0.4, 0.5²) the best x_0 is known, and so is where the flow takes each start: (x_0 - 0.4) / 0.5 = (x_T - 0.4·signal) / deviation."""
+    start = torch.linspace(-2, 2, 9)[:, None]
+
+    def error(steps):
+        constants = Process(steps).scalars
+
+        def predict(x, i):
+            a, sigma = constants[i]["signal"], constants[i]["noise"]
+            return 0.4 + a * 0.25 / (a * a * 0.25 + sigma * sigma) * (x - 0.4 * a), None
+        a, sigma = constants[-1]["signal"], constants[-1]["noise"]
+        exact = 0.4 + 0.5 * (start - 0.4 * a) / (a * a * 0.25 + sigma * sigma) ** 0.5
+        return (SOLVERS[solver](predict, start[None], 1.0, constants) - exact).abs().max().item()
+    assert error(50) < 0.04
+    assert error(100) < error(50) / (1.9 if order == 1 else 3.8)      # half the step: half the error, or a quarter
+
+
+def test_solvers_and_steps_of_the_head(head):
+    z = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    draws = []
+
+    def draw(shape):
+        draws.append(torch.randn(shape, generator=torch.Generator().manual_seed(3)))
+        return draws[-1]
+    for solver, expected in (("ddim", 1), ("dpm++", 1), ("ancestral", 5)):
+        draws.clear()
+        assert head.sample(z, cfg=2.0, noise_fn=draw, solver=solver, steps=5).shape == (3, 4) and len(draws) == expected
+    with pytest.raises(ValueError, match="dpm"):
+        head.sample(z, solver="euler")
+    with pytest.raises(ValueError, match="temperature"):
+        head.sample(z, solver="ddim", temperature=0.9)
 
 
 def test_half_precision_head_diffuses_in_float32():

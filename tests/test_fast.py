@@ -1,0 +1,70 @@
+"""The fixed shapes of the fast paths against the plain ones. On CUDA the same tests run captured; without it they show the logic only."""
+import copy
+
+import pytest
+import torch
+
+from fast import Graph, accelerate
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def pair(small):
+    plain = copy.deepcopy(small).to(DEVICE)
+    return plain, accelerate(copy.deepcopy(plain), "graphs")
+
+
+@pytest.mark.parametrize("rows", [1, 8, 11])
+@pytest.mark.parametrize("options", [dict(), dict(cfg=3.0), dict(cfg=2.0, temperature=0.7), dict(cfg=3.0, solver="dpm++", steps=4)])
+def test_padded_rows_change_nothing(pair, rows, options):
+    z = torch.randn(rows * (2 if "cfg" in options else 1), 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def noise():
+        g = torch.Generator().manual_seed(1)
+        return lambda shape: torch.randn(shape, generator=g)
+    expected, got = (model.mar.diffloss.sample(z, noise_fn=noise(), **options) for model in pair)
+    assert got.shape == (rows, 4) and torch.allclose(got, expected, atol=1e-4)
+
+
+def test_whole_images_are_the_same(pair):
+    plain, fast = pair
+    for _ in range(2):                                    # what is kept from the first call does not disturb the second
+        a, b = (model.generate_image(["a red circle", "two stars"], seed=3, num_iter=4) for model in (plain, fast))
+        for x, y in zip(a, b):
+            assert max(abs(p - q) for p, q in zip(x.tobytes(), y.tobytes())) <= 1
+
+
+def test_answers_are_the_same(pair):
+    plain, fast = pair
+    for length, count in ((5, 12), (9, 3), (5, 12), (3, 600)):   # another prompt and another cache length in between
+        embeds = torch.randn(1, length, 32, generator=torch.Generator().manual_seed(length)).to(DEVICE)
+        expected = list(plain.llm.generate(embeds, max_new_tokens=count))
+        assert list(fast.llm.generate(embeds, max_new_tokens=count)) == expected and len(expected) == count
+        stop = expected[2]
+        assert list(fast.llm.generate(embeds, max_new_tokens=count, eos_token_id=stop)) == expected[:expected.index(stop)]
+
+
+def test_compiled_gives_the_same(small):
+    fast = accelerate(copy.deepcopy(small).to(DEVICE), "compiled")
+    a, b = (model.generate_image("a red circle", seed=3, num_iter=2)[0] for model in (copy.deepcopy(small).to(DEVICE), fast))
+    assert max(abs(p - q) for p, q in zip(a.tobytes(), b.tobytes())) <= 1
+
+
+def test_unknown_mode(small):
+    with pytest.raises(ValueError, match="graphs"):
+        accelerate(small, "warp")
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need CUDA")
+def test_a_graph_is_captured_once_for_each_shape():
+    calls = []
+
+    def double(x):
+        calls.append(x.shape)
+        return 2 * x
+    graph = Graph(double)
+    for n in (4, 4, 5, 4):
+        x = torch.randn(n, device=DEVICE)
+        assert torch.equal(graph(x), 2 * x)
+    assert len(graph.captured) == 2 and len(calls) == 6   # two to warm up and one captured, of each shape
