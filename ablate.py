@@ -68,7 +68,7 @@ def run_arm(experiment, arm, seed, steps, runs, prompts, questions):
     model.tokenizer = train.load_tokenizer(runs / "tokenizer.json")
     scores = {"arm": arm, "seed": seed, "steps": steps, "training_seconds": round(trained)}
     for split, count in (("seen", prompts), ("held-out", prompts * 2 // 3)):
-        shares, _ = evaluate.generation_scores(model, split, count, 16, 3.0, 1.0, 1000 * seed, 40)
+        shares, _ = evaluate.generation_scores(model, split, count, 1000 * seed, 40, num_iter=16, cfg=3.0)
         scores[f"generation, {split}"] = round(mean(shares.values()), 4)
     answers, _ = evaluate.question_scores(model, questions)
     return scores | {f"questions, {split}": round(answers[split], 4) for split in ("seen", "held-out")} | {"prompts": prompts, "scenes asked about": questions}

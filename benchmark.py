@@ -4,10 +4,11 @@
     python benchmark.py --model harmon-tiny --images 4
     python benchmark.py --model harmon-1.5b --size 512 --steps 64 --dtype bfloat16 --device cuda --out 1.5b.json
     python benchmark.py --what train --batch 8
+    python benchmark.py --count --model harmon-1.5b --size 512 --steps 64          # only count; nothing is computed, any size is quick
 
 Each row: median seconds, the arithmetic counted while it ran (torch's FlopCounterMode: matrix products, convolutions, attention; a multiply-add is two), and
-the share of the machine's own rate, that of a large matrix product in the same dtype, measured first. The floor is that arithmetic at that rate. What reads
-all weights for little arithmetic (answers, token by token) has the memory's bandwidth as its floor.
+the share of the machine's own rate, that of a large matrix product in the same dtype, measured first. The floor is that arithmetic at that rate. Beside it, the
+weights read, every pass all of a part's, and how long that takes at the memory's bandwidth: the floor of answers, token by token, and of small batches on a GPU.
 """
 import argparse
 import json
@@ -23,9 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import weights
+from fast import MODES, accelerate
 from harmon import GENERATE, IMAGE_TOKEN_ID, UNCONDITIONAL, Harmon
 from pretrained import HarmonConfig
 
+SIZES = ("harmon-0.5b", "harmon-1.5b")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -66,13 +69,16 @@ class Components:
     """Times and counts the parts of a model while it runs, by wrapping the functions that its passes call."""
 
     def __init__(self, model):
-        self.device, self.seconds, self.flops, self.counting = model.device, {}, {}, False
-        self.places = {"encoder": (model.mar, "encode"), "LLM": (model.llm, "forward"), "decoder": (model.mar, "decode"), "head": (model.mar.diffloss, "sample"),
-                       "VAE decoder": (model.vae, "decode")}
+        self.device, self.seconds, self.flops, self.passes, self.counting = model.device, {}, {}, {}, False
+        mar, size = model.mar, lambda *modules: sum(p.numel() * p.element_size() for m in modules for p in m.parameters())  # noqa: E731
+        self.places = {"encoder": (mar, "encode"), "LLM": (model.llm, "forward"), "decoder": (mar, "decode"), "head": (mar.diffloss, "sample"), "VAE decoder": (model.vae, "decode")}
+        self.weight = {"encoder": size(mar.encoder_blocks), "LLM": size(model.llm.model.layers), "decoder": size(mar.decoder_blocks),
+                       "head": size(mar.diffloss) * mar.config.diffusion_steps, "VAE decoder": size(model.vae.decoder)}   # bytes read in one call
 
     @contextmanager
     def watching(self, counting):
-        self.counting, self.seconds, self.flops = counting, dict.fromkeys(self.places, 0.0), dict.fromkeys(self.places, 0) if counting else self.flops
+        self.counting, self.seconds, self.passes = counting, dict.fromkeys(self.places, 0.0), dict.fromkeys(self.places, 0)
+        self.flops = dict.fromkeys(self.places, 0) if counting else self.flops
         for name, (owner, function) in self.places.items():
             setattr(owner, function, self.wrapped(name, getattr(owner, function)))
         try:
@@ -92,6 +98,7 @@ class Components:
                 result.append(function(*args, **kwargs))
             synchronize(self.device)
             self.seconds[name] += time.perf_counter() - began
+            self.passes[name] += 1
             return result[0]
         return run
 
@@ -109,20 +116,32 @@ def drawing(model, args):
     rows = [prompt_of(model, GENERATE.format(caption="three blue stars"))] * args.images + [prompt_of(model, UNCONDITIONAL, 12)] * args.images
     L = max(map(len, rows))
     ids, real = torch.tensor([row + [0] * (L - len(row)) for row in rows]), torch.tensor([[i < len(row) for i in range(L)] for row in rows])
-    run = lambda: model.sample(ids, real, num_iter=args.steps, grid=grid, generator=torch.Generator().manual_seed(0), progress=True)  # noqa: E731
-    parts, times = Components(model), []
-    with parts.watching(counting=True):                              # also the warm-up
-        run()
+    run = lambda **k: model.sample(ids, real, num_iter=args.steps, grid=grid, generator=torch.Generator().manual_seed(0), progress=True, **k)  # noqa: E731
+    parts, times, S = Components(model), [], model.config.mar.diffusion_steps
+    if args.count:                                                   # arithmetic is linear in the head's steps: one and two tell what S take
+        counts = []
+        for diffusion_steps in (1, 2):
+            with parts.watching(counting=True):
+                run(diffusion_steps=diffusion_steps)
+            counts.append(parts.flops)
+        parts.flops = {k: counts[0][k] + (S - 1) * (counts[1][k] - counts[0][k]) for k in parts.places}
+    else:
+        with parts.watching(counting=True):                          # also the warm-up
+            run()
     for _ in range(args.repeat):
         with parts.watching(counting=False):
             synchronize(model.device)
             began = time.perf_counter()
             run()
             synchronize(model.device)
-            times.append({"text to image": time.perf_counter() - began, **{f"  {k}": v for k, v in parts.seconds.items()}})
-    flops = {"text to image": sum(parts.flops.values()), **{f"  {k}": v for k, v in parts.flops.items()}}
-    result = [{"what": name, "seconds": median(t[name] for t in times), "flops": flops[name]} for name in flops]
-    return result + [{"what": "  the rest", "seconds": result[0]["seconds"] - sum(r["seconds"] for r in result[1:]), "flops": 0}]
+            times.append({"whole": time.perf_counter() - began} | parts.seconds)
+    rows = [{"what": f"  {k}", "flops": parts.flops[k], "bytes": parts.passes[k] * parts.weight[k]} for k in parts.places]
+    rows = [{"what": "text to image", **{k: sum(row[k] for row in rows) for k in ("flops", "bytes")}}] + rows
+    if not times:
+        return rows
+    for row, k in zip(rows, ("whole", *parts.places)):
+        row["seconds"] = median(t[k] for t in times)
+    return rows + [{"what": "  the rest", "flops": 0, "seconds": rows[0]["seconds"] - sum(row["seconds"] for row in rows[1:])}]
 
 
 def answering(model, args):
@@ -192,9 +211,11 @@ def training(model, args):
 
 
 def make_model(args):
-    if args.model in ("harmon-0.5b", "harmon-1.5b"):                  # random weights: no file is needed to know how long it takes
+    if args.model in SIZES:                  # random weights: no file is needed to know how long it takes
         with torch.device("meta"):
             model = Harmon(HarmonConfig.from_name(args.model))
+        if args.count:
+            return model.to(args.dtype).eval()
         model.to_empty(device=args.device).to(args.dtype)
         torch.manual_seed(0)
         with torch.no_grad():
@@ -217,24 +238,30 @@ def main():
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     parser.add_argument("--dtype", type=DTYPES.get, default=torch.float32, metavar="|".join(DTYPES))
+    parser.add_argument("--mode", choices=MODES, default="eager", help="fast paths, see fast.py")
+    parser.add_argument("--count", action="store_true", help="only count the arithmetic and the weights read of drawing; random weights' sizes only")
     parser.add_argument("--out", type=Path, help="write the rows there as JSON")
     args = parser.parse_args()
     try:
         if args.dtype is None or min(args.steps, args.images, args.tokens, args.batch, args.repeat) < 1:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, and all counts at least 1")
-        product, reading = machine(args.device, args.dtype)
+        if args.count:
+            if args.model not in SIZES:
+                raise ValueError(f"--count knows {', '.join(SIZES)}; --model is {args.model}")
+            args.what, args.repeat = ["draw"], 0
+        product, reading = (float("nan"), float("nan")) if args.count else machine(args.device, args.dtype)
         device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
         about = {"device": device, "torch": torch.__version__, "dtype": str(args.dtype).removeprefix("torch."), "model": args.model, "size": args.size, "steps": args.steps,
-                 "images": args.images, "GFLOP/s": round(product / 1e9, 1), "GB/s": round(reading / 1e9, 1), "date": time.strftime("%Y-%m-%d")}
-        print(", ".join(f"{k} {v}" for k, v in about.items()) + "\n\n| | seconds | GFLOP | of the machine's rate | floor, s | times the floor |\n|---|---|---|---|---|---|")
-        model, rows = make_model(args), []
+                 "images": args.images, "mode": args.mode, "GFLOP/s": round(product / 1e9, 1), "GB/s": round(reading / 1e9, 1), "date": time.strftime("%Y-%m-%d")}
+        print(", ".join(f"{k} {v}" for k, v in about.items()) + "\n\n| | seconds | GFLOP | of the machine's rate | floor, s | times the floor | weights read, GB | in s |\n" + "|---" * 8 + "|")
+        model, rows = accelerate(make_model(args), args.mode), []
         for what in args.what:
             for row in {"draw": drawing, "answer": answering, "train": training}[what](model, args):
-                row["floor"] = row.get("flops", 0) / product + row.get("bytes", 0) / reading
+                flops, read, seconds = row.get("flops", 0), row.get("bytes", 0), row.get("seconds", float("nan"))
+                row["floor"] = flops / product if flops else read / reading
                 rows.append(row)
-                share = f"{row['flops'] / row['seconds'] / product:.0%}" if row.get("flops") else ""
-                print(f"| {row['what']} | {row['seconds']:.4g} | {row.get('flops', 0) / 1e9:.4g} | {share} | {row['floor']:.4g} | "
-                      f"{row['seconds'] / row['floor'] if row['floor'] else float('nan'):.2f} |", flush=True)
+                print(f"| {row['what']} | {seconds:.4g} | {flops / 1e9:.4g} | {flops / seconds / product:.0%} | {row['floor']:.4g} | "
+                      f"{seconds / row['floor'] if row['floor'] else float('nan'):.2f} | {read / 1e9:.4g} | {read / reading:.4g} |".replace("nan%", "").replace("nan", ""), flush=True)
         if args.out:
             with weights.replacing(args.out) as temporary:
                 Path(temporary).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import shapes
+from diffusion_head import SOLVERS
 from harmon import GENERATE, UNCONDITIONAL, Harmon
 from images import image_to_pixels
 
@@ -158,14 +159,13 @@ def spoiled(scene, category):
 
 # ---- the model -------------------------------------------------------------------------------------------------------
 
-def generation_scores(model, split, count, steps, cfg, temperature, seed, batch, sheet=None):
-    """{category: share correct} over count prompts each, and the seconds it took. sheet: a PNG of the first pictures, wrong ones framed."""
+def generation_scores(model, split, count, seed, batch, sheet=None, **sampling):
+    """{category: share correct} over count prompts each, and the seconds it took. sampling: see Harmon.sample. sheet: a PNG of the first pictures, wrong ones framed."""
     todo = prompts(count, split == "held-out")
     began, verdicts, pictures = time.time(), {}, []
-    for start in tqdm(range(0, len(todo), batch), desc=f"{split}, {steps} steps", disable=None, leave=False):
+    for start in tqdm(range(0, len(todo), batch), desc=f"{split}, {sampling['num_iter']} steps", disable=None, leave=False):
         part = todo[start:start + batch]
-        images = model.generate_image([caption for _, _, caption in part], seed=[seed + start + i for i in range(len(part))],
-                                      num_iter=steps, cfg=cfg, temperature=temperature)
+        images = model.generate_image([caption for _, _, caption in part], seed=[seed + start + i for i in range(len(part))], **sampling)
         for image, (category, scene, caption) in zip(images, part):
             verdicts.setdefault(category, []).append(correct(image, scene, category))
             pictures.append((image, caption, verdicts[category][-1]))
@@ -252,6 +252,8 @@ def main():
     parser.add_argument("--questions", type=int, default=120, help="scenes that are asked about")
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--solver", choices=SOLVERS, default="ancestral", help="of the diffusion head")
+    parser.add_argument("--diffusion-steps", type=int, help="of the diffusion head (default: the model's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--out", type=Path, help="write a contact sheet of each split and scores.json there")
@@ -276,7 +278,8 @@ def main():
         for steps in args.steps:
             for split, count in (("seen", args.prompts), ("held-out", args.prompts * 2 // 3)):
                 sheet = args.out / f"{split}-{steps}.png" if args.out else None
-                scores, seconds = generation_scores(model, split, count, steps, args.cfg, args.temperature, args.seed, args.batch, sheet)
+                scores, seconds = generation_scores(model, split, count, args.seed, args.batch, sheet, num_iter=steps, cfg=args.cfg, temperature=args.temperature,
+                                                    solver=args.solver, diffusion_steps=args.diffusion_steps)
                 results[f"{split} {steps}"] = scores
                 print(row(f"{steps}, {split}", scores, seconds), flush=True)
         scores, asked = question_scores(model, args.questions)

@@ -3,9 +3,11 @@
 Names in config.json are those of the Hugging Face folders (wusize/Harmon-0_5B), so that those are read as they are.
 """
 import json
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 
 from llm import QwenConfig
@@ -73,7 +75,7 @@ MAR_KEYS = {  # the official config's names -> ours
 TINY = HarmonConfig(
     llm=QwenConfig(vocab_size=512, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2),
     mar=MARConfig(img_size=64, vae_stride=8, embed_dim=192, encoder_depth=4, decoder_depth=4, num_heads=6, buffer_size=8, token_dim=8, class_num=150,
-                  dropout=0.0, head_depth=3, head_width=192, x0_clip=5.0),
+                  dropout=0.0, head_depth=3, head_width=192, x0_clip=7.0),
     vae=VAEConfig(ch=32, ch_mult=(1, 1, 2, 2), z_channels=8), vae_scale=1.0)
 
 
@@ -105,6 +107,25 @@ def locate(path):
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # the hub raises many types
         raise FileNotFoundError(f"{path}: no such folder, and fetching it from the hub failed ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+
+
+def auto_dtype(path, device):
+    """What `--dtype auto` is: bfloat16, but float32 on the CPU, unless the model is large and this processor is measured to multiply bfloat16 faster."""
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    path = locate(path)
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    if sum(f.stat().st_size for f in files) < 10 ** 9:
+        return torch.float32
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, times = torch.ones(1024, 1024, dtype=dtype), []
+        for _ in range(4):                                           # the first to warm up
+            began = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - began)
+        seconds[dtype] = min(times[1:])
+    return torch.bfloat16 if seconds[torch.bfloat16] < seconds[torch.float32] / 1.3 else torch.float32
 
 
 def load_tokenizer(path):

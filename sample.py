@@ -21,7 +21,10 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import weights
+from diffusion_head import SOLVERS
+from fast import MODES, accelerate
 from harmon import Harmon
+from pretrained import auto_dtype
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,10 +48,13 @@ def parse_arguments(argv=None):
     add("--cfg", type=float, default=3.0, help="classifier-free guidance, 1 = off (default: %(default)s)")
     add("--cfg-schedule", choices=("constant", "linear"), default="constant")
     add("--temperature", type=float, default=1.0, help="of the diffusion noise (default: %(default)s)")
+    add("--solver", choices=SOLVERS, default="ancestral", help="of the diffusion head; ddim and dpm++ need fewer steps (default: %(default)s)")
+    add("--diffusion-steps", type=int, help="of the diffusion head, for each token (default: the model's, 100)")
     add("--max-new-tokens", type=int, default=1024, help="of an answer")
     add("--seed", type=int, default=0)
     add("--device", help="cuda, cpu, mps, … (default: cuda if there is one)")
-    add("--dtype", choices=DTYPES, default="auto", help="auto: float32 on the CPU, bfloat16 elsewhere")
+    add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16, but float32 for small models on the CPU and where that is not slower")
+    add("--mode", choices=MODES, default="eager", help="graphs: the head's loop and each token of an answer as CUDA graphs; compiled: torch.compile")
     add("--out", type=Path, default=Path("out"), help="folder for images (default: %(default)s)")
     return parser.parse_args(argv)
 
@@ -63,10 +69,12 @@ def check_arguments(args):
         raise ValueError("--mask marks what is redrawn of --image; give both, with a prompt")
     if args.ask and args.image is not None:
         raise ValueError("--ask is for questions without an image; leave it out to ask about --image")
-    for name, least in (("steps", 1), ("num_images", 1), ("batch_size", 1), ("max_new_tokens", 1), ("cfg", 0), ("temperature", 0)):
+    for name, least in (("steps", 1), ("num_images", 1), ("batch_size", 1), ("max_new_tokens", 1), ("diffusion_steps", 1), ("cfg", 0), ("temperature", 0)):
         value = getattr(args, name)
         if value is not None and not value >= least:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    if args.solver != "ancestral" and args.temperature != 1:
+        raise ValueError(f"--temperature scales the noise that --solver {args.solver} does not add; leave one of them out")
     if args.size is not None and not re.fullmatch(r"\d+(x\d+)?", args.size):
         raise ValueError(f"--size is {args.size!r}; give pixels as 512 or, height first, 512x768")
     return tuple(int(n) for n in (args.size.split("x") * 2)[:2]) if args.size else None
@@ -125,7 +133,7 @@ def draw(model, args, size):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     h, w = model.token_grid(size)
     steps = args.steps or min(64, -(-h * w // 4))
-    settings = dict(num_iter=steps, cfg=args.cfg, cfg_schedule=args.cfg_schedule, temperature=args.temperature, size=size)
+    settings = dict(num_iter=steps, cfg=args.cfg, cfg_schedule=args.cfg_schedule, temperature=args.temperature, solver=args.solver, diffusion_steps=args.diffusion_steps, size=size)
     edit = {} if args.image is None else dict(image=open_image(args.image), mask=open_image(args.mask))
     jobs = [(p, s) for p in range(rank, len(prompts), world) for s in range(per_prompt)]
     done = {}
@@ -178,7 +186,13 @@ def main(argv=None):
         for path in (args.image, args.mask):
             if path is not None:
                 open_image(path)
-        model = Harmon.from_pretrained(args.model, vae=args.vae, tokenizer=args.tokenizer, device=args.device, dtype=DTYPES[args.dtype])
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if args.mode == "graphs" and device.type != "cuda":
+            raise ValueError(f"--mode graphs captures CUDA graphs; the device is {device}")
+        dtype = DTYPES[args.dtype] or auto_dtype(args.model, device)
+        model = accelerate(Harmon.from_pretrained(args.model, vae=args.vae, tokenizer=args.tokenizer, device=device, dtype=dtype), args.mode)
+        if args.dtype == "auto" and dtype != torch.float32:
+            print(f"{args.model} on {device} in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
         if args.chat or args.ask or (args.image is not None and args.mask is None):
             answer(model, args, size)
         else:

@@ -11,7 +11,7 @@ import benchmark
 
 
 def test_the_parts_are_counted_where_they_run(small):
-    rows = benchmark.drawing(small, SimpleNamespace(size=None, steps=3, images=2, repeat=1))
+    rows = benchmark.drawing(small, SimpleNamespace(size=None, steps=3, images=2, repeat=1, count=False))
     by_name = {row["what"].strip(): row for row in rows}
     assert list(by_name) == ["text to image", "encoder", "LLM", "decoder", "head", "VAE decoder", "the rest"]
     assert all(row["seconds"] > 0 for row in rows)
@@ -23,6 +23,10 @@ def test_the_parts_are_counted_where_they_run(small):
     times = 3 * S * (2 * 256 * W + 2 * W * W)
     assert by_name["head"]["flops"] == tokens * (once + S * each_step) + times
     assert by_name["text to image"]["flops"] == sum(row["flops"] for row in rows[1:])
+    only_counted = benchmark.drawing(small, SimpleNamespace(size=None, steps=3, images=2, repeat=0, count=True))
+    assert [(row["flops"], row["bytes"]) for row in only_counted] == [(row["flops"], row["bytes"]) for row in rows[:-1]]
+    head_bytes = sum(p.numel() * 4 for p in small.mar.diffloss.parameters())
+    assert by_name["head"]["bytes"] == 3 * S * head_bytes
     assert not {"encode", "decode"} & set(vars(small.mar)), "the wrappers are taken off again"
 
 

@@ -8,11 +8,14 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
+import pretrained
 import sample
 from harmon import Harmon
+from pretrained import auto_dtype
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +128,8 @@ def test_inpainting_from_files(folder, tmp_path, capsys):
     (("a star", "--image", "cut.png"), "cut.png: not an image"), (("a star", "--mask", "cut.png"), "--mask marks"),
     (("--prompts", "no.json"), "no.json: no such file"), (("--prompts", "junk.png"), "junk.png: expected a JSON list"),
     (("a star", "--model", "nothing.pth"), "nothing.pth: no such file"), (("a star", "--device", "nowhere"), "nowhere"),
+    (("a star", "--diffusion-steps", "0"), "--diffusion-steps is 0"), (("a star", "--solver", "ddim", "--temperature", "0.9"), "--solver ddim"),
+    (("a star", "--mode", "graphs", "--device", "cpu"), "the device is cpu"),
     (("a star", "--ask", "--image", "cut.png"), "--ask is for questions without"), (("a star", "--tokenizer", "no-folder"), "no-folder: no such file"),
 ])
 def test_bad_input_is_one_line_and_status_2(folder, tmp_path, capsys, monkeypatch, args, message):
@@ -136,6 +141,17 @@ def test_bad_input_is_one_line_and_status_2(folder, tmp_path, capsys, monkeypatc
     code, out, err = main(capsys, *model, *args)
     assert code == 2 and out == "" and err.count("\n") == 1 and message in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seconds, expected", [((2.0, 1.0), torch.bfloat16), ((1.0, 1.0), torch.float32)])
+def test_auto_dtype(tmp_path, monkeypatch, seconds, expected):
+    """float32 for what is small; on the CPU a large model's is what this processor multiplies faster."""
+    assert auto_dtype("harmon-tiny", "cpu") == torch.float32 and auto_dtype("harmon-tiny", "cuda") == torch.bfloat16
+    with open(tmp_path / "large.pth", "wb") as file:
+        file.truncate(2 * 10 ** 9)                       # sparse
+    times = iter([t for duration in seconds for _ in range(4) for t in (0.0, duration)])
+    monkeypatch.setattr(pretrained.time, "perf_counter", lambda: next(times))
+    assert auto_dtype(tmp_path / "large.pth", "cpu") == expected
 
 
 def test_wrong_flags_end_with_status_2():
