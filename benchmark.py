@@ -238,7 +238,7 @@ def main():
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     parser.add_argument("--dtype", type=DTYPES.get, default=torch.float32, metavar="|".join(DTYPES))
-    parser.add_argument("--mode", choices=MODES, default="eager", help="fast paths, see fast.py")
+    parser.add_argument("--mode", choices=MODES, default="auto", help="fast paths, see fast.py; training is always eager")
     parser.add_argument("--count", action="store_true", help="only count the arithmetic and the weights read of drawing; random weights' sizes only")
     parser.add_argument("--out", type=Path, help="write the rows there as JSON")
     args = parser.parse_args()
@@ -254,7 +254,9 @@ def main():
         about = {"device": device, "torch": torch.__version__, "dtype": str(args.dtype).removeprefix("torch."), "model": args.model, "size": args.size, "steps": args.steps,
                  "images": args.images, "mode": args.mode, "GFLOP/s": round(product / 1e9, 1), "GB/s": round(reading / 1e9, 1), "date": time.strftime("%Y-%m-%d")}
         print(", ".join(f"{k} {v}" for k, v in about.items()) + "\n\n| | seconds | GFLOP | of the machine's rate | floor, s | times the floor | weights read, GB | in s |\n" + "|---" * 8 + "|")
-        model, rows = accelerate(make_model(args), args.mode), []
+        model, rows = make_model(args), []
+        if "train" not in args.what and not args.count:
+            accelerate(model, args.mode)
         for what in args.what:
             for row in {"draw": drawing, "answer": answering, "train": training}[what](model, args):
                 flops, read, seconds = row.get("flops", 0), row.get("bytes", 0), row.get("seconds", float("nan"))

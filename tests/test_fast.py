@@ -45,6 +45,21 @@ def test_answers_are_the_same(pair):
         assert list(fast.llm.generate(embeds, max_new_tokens=count, eos_token_id=stop)) == expected[:expected.index(stop)]
 
 
+def test_packed_weights_change_nothing(small):
+    plain = copy.deepcopy(small).bfloat16()
+    fast = accelerate(copy.deepcopy(plain), "auto")
+    assert "forward" in vars(fast.llm.lm_head), "auto packs bfloat16 on the CPU"
+    for shape in ((1, 1, 32), (2, 7, 32), (300, 32)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+        layer = fast.proj_in[0]
+        with torch.no_grad():
+            assert torch.allclose(layer(x).float(), plain.proj_in[0](x).float(), atol=0.02) and layer(x).shape == x.shape
+    prompt = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert list(fast.llm.generate(prompt, max_new_tokens=8)) == list(plain.llm.generate(prompt, max_new_tokens=8))
+    a, b = (model.generate_image("a red circle", seed=3, num_iter=2)[0] for model in (plain, fast))
+    assert sum(abs(p - q) for p, q in zip(a.tobytes(), b.tobytes())) / len(a.tobytes()) < 4   # grey levels; bfloat16 sums in another order
+
+
 def test_compiled_gives_the_same(small):
     fast = accelerate(copy.deepcopy(small).to(DEVICE), "compiled")
     a, b = (model.generate_image("a red circle", seed=3, num_iter=2)[0] for model in (copy.deepcopy(small).to(DEVICE), fast))
