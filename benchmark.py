@@ -12,6 +12,7 @@ weights read, every pass all of a part's, and how long that takes at the memory'
 """
 import argparse
 import json
+import math
 import platform
 import sys
 import time
@@ -24,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import weights
-from fast import MODES, accelerate
+from fast import MODES, accelerate, uncaptured
 from harmon import GENERATE, IMAGE_TOKEN_ID, UNCONDITIONAL, Harmon
 from pretrained import HarmonConfig
 
@@ -50,7 +51,8 @@ def timed(run, device, repeat, warm_up=1):
 
 
 def flops_of(run):
-    with FlopCounterMode(display=False) as counter:
+    packed = {torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, out_shape=None: 2 * math.prod(x) * weight[0]} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else {}
+    with uncaptured(), FlopCounterMode(display=False, custom_mapping=packed) as counter:
         run()
     return counter.get_total_flops()
 
@@ -128,6 +130,8 @@ def drawing(model, args):
     else:
         with parts.watching(counting=True):                          # also the warm-up
             run()
+        if args.mode in ("graphs", "compiled"):
+            run()                                                    # and theirs: what is captured or compiled
     for _ in range(args.repeat):
         with parts.watching(counting=False):
             synchronize(model.device)

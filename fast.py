@@ -7,6 +7,7 @@ graphs: eager sampling on a GPU spends most of its time launching small kernels:
 price of one launch, but wants fixed shapes and addresses. So rows of the head are padded to a power of two, and answers are decoded into a cache of fixed length.
 On other devices the same functions run uncaptured: slower than the plain ones, but so the tests compare them.
 """
+import contextlib
 from functools import partial
 
 import torch
@@ -57,11 +58,13 @@ def packed_linear(weight, bias, x):
 class Graph:
     """A function of tensors, captured as a CUDA graph once for each set of shapes."""
 
+    enabled = True
+
     def __init__(self, function):
         self.function, self.captured = function, {}
 
     def __call__(self, *inputs):
-        if not inputs[0].is_cuda:
+        if not (inputs[0].is_cuda and Graph.enabled):
             return self.function(*inputs)
         key = tuple((x.shape, x.dtype) for x in inputs)
         if key not in self.captured:
@@ -83,6 +86,14 @@ class Graph:
         with torch.cuda.graph(graph):
             output = self.function(*static)
         return graph, static, output
+
+
+@contextlib.contextmanager
+def uncaptured():
+    """Run graphs' functions as they are, so that their operations can be counted."""
+    Graph.enabled = False
+    yield
+    Graph.enabled = True
 
 
 def padded(solve):

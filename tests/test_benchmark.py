@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import subprocess
@@ -8,10 +9,11 @@ import pytest
 from conftest import ROOT, SMALL
 
 import benchmark
+from fast import accelerate
 
 
 def test_the_parts_are_counted_where_they_run(small):
-    rows = benchmark.drawing(small, SimpleNamespace(size=None, steps=3, images=2, repeat=1, count=False))
+    rows = benchmark.drawing(small, SimpleNamespace(size=None, steps=3, images=2, repeat=1, count=False, mode="eager"))
     by_name = {row["what"].strip(): row for row in rows}
     assert list(by_name) == ["text to image", "encoder", "LLM", "decoder", "head", "VAE decoder", "the rest"]
     assert all(row["seconds"] > 0 for row in rows)
@@ -23,11 +25,18 @@ def test_the_parts_are_counted_where_they_run(small):
     times = 3 * S * (2 * 256 * W + 2 * W * W)
     assert by_name["head"]["flops"] == tokens * (once + S * each_step) + times
     assert by_name["text to image"]["flops"] == sum(row["flops"] for row in rows[1:])
-    only_counted = benchmark.drawing(small, SimpleNamespace(size=None, steps=3, images=2, repeat=0, count=True))
+    only_counted = benchmark.drawing(small, SimpleNamespace(size=None, steps=3, images=2, repeat=0, count=True, mode="eager"))
     assert [(row["flops"], row["bytes"]) for row in only_counted] == [(row["flops"], row["bytes"]) for row in rows[:-1]]
     head_bytes = sum(p.numel() * 4 for p in small.mar.diffloss.parameters())
     assert by_name["head"]["bytes"] == 3 * S * head_bytes
     assert not {"encode", "decode"} & set(vars(small.mar)), "the wrappers are taken off again"
+
+
+def test_packed_layers_are_counted_alike(small):
+    model, args = copy.deepcopy(small).bfloat16(), SimpleNamespace(size=None, steps=2, images=1, repeat=1, count=False, mode="packed")
+    plain = benchmark.drawing(model, args)
+    packed = benchmark.drawing(accelerate(model, "packed"), args)
+    assert [row["flops"] for row in packed] == [row["flops"] for row in plain]
 
 
 def test_answers_and_training(small, tokenizer):
