@@ -2,21 +2,13 @@
 
 Add a recipe by adding a line to RECIPES; every field can be changed on the command line.
 """
-import math
 from dataclasses import dataclass, fields, replace
 
 import torch
 
 from harmon import Harmon
+from optim import PARTS, parameter_groups, part_of
 from pretrained import HarmonConfig
-
-PARTS = {  # what learning rates are given to, by the prefixes of the parameters' names
-    "mar-decoder": ("mar.decoder", "mar.mask_token", "mar.diffusion_pos_embed", "mar.diffloss", "proj_out"),
-    "mar-encoder": ("mar.encoder", "mar.z_proj", "mar.fake_latent", "mar.class_emb", "proj_in"),
-    "llm": ("llm",),
-    "vae": ("vae",),
-}
-
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
 
@@ -38,6 +30,7 @@ class Recipe:
     checkpointing: bool = True    # recompute activations of blocks in the backward pass: much less memory, a third more time
     compile: bool = False         # torch.compile the blocks
     zero: bool = False            # optimizer state spread over the processes
+    muon: bool = False            # Muon instead of AdamW for the matrices of the blocks (optim.py)
     seed: int = 0
     save_every: int = 1000        # steps
     sample_every: int = 1000      # steps; 0: never
@@ -50,8 +43,8 @@ class Recipe:
 
 
 PAPER = Recipe(ratio={}, lr={}, steps=50_000, batch=4096)   # 2503.21979, Table 1
-TINY = Recipe(ratio={}, lr={}, steps=0, batch=32, micro_batch=32, size=64, ema=0.998, warmup=0.05, checkpointing=False, save_every=200, sample_every=0, cosine_mask=True)
-ALL_TINY = {"mar-decoder": 5e-4, "mar-encoder": 5e-4, "llm": 5e-4}
+TINY = Recipe(ratio={}, lr={}, steps=0, batch=32, micro_batch=32, size=64, ema=0.998, warmup=0.05, checkpointing=False, save_every=200, sample_every=0, cosine_mask=True, muon=True)
+ALL_TINY = {"mar-decoder": 7e-4, "mar-encoder": 7e-4, "llm": 7e-4}
 
 RECIPES = {
     "stage1": replace(PAPER, ratio={"image2text": 1, "text2image": 2}, lr={"mar-decoder": 1e-4, "mar-encoder": 1e-5}),
@@ -63,8 +56,8 @@ RECIPES = {
     "tiny-llm": replace(TINY, ratio={"text": 1}, lr={"llm": 1e-3}, steps=800),
     "tiny-vae": replace(TINY, ratio={"reconstruct": 1}, lr={"vae": 1e-3}, steps=1500, batch=16, micro_batch=16, after="tiny-llm", compile=True),
     "tiny-mar": replace(TINY, ratio={"mar": 1}, lr={"mar-decoder": 1e-3, "mar-encoder": 1e-3}, steps=4000, after="tiny-vae"),
-    "tiny-align": replace(TINY, ratio={"text2image": 2, "image2text": 1}, lr={"mar-decoder": 5e-4, "mar-encoder": 5e-4}, steps=200, batch=48, micro_batch=16, after="tiny-mar"),
-    "tiny-joint": replace(TINY, ratio={"text2image": 8, "image2text": 4, "text": 1}, lr=ALL_TINY, steps=2800, batch=48, micro_batch=24, after="tiny-align", warmup=0.02,
+    "tiny-align": replace(TINY, ratio={"text2image": 2, "image2text": 1}, lr={"mar-decoder": 7e-4, "mar-encoder": 7e-4}, steps=200, batch=48, micro_batch=16, after="tiny-mar"),
+    "tiny-joint": replace(TINY, ratio={"text2image": 6, "image2text": 6, "text": 1}, lr=ALL_TINY, steps=4300, batch=48, micro_batch=24, after="tiny-align", warmup=0.02,
                           image_gradient=0.3),
 }
 CHAINS = {"tiny": ("tiny-llm", "tiny-vae", "tiny-mar", "tiny-align", "tiny-joint")}
@@ -77,27 +70,6 @@ def accumulation(recipe, ranks):
         raise ValueError(f"a batch of {recipe.batch} is no multiple of {ranks} processes × a micro-batch of {recipe.micro_batch}; "
                          f"--batch {max(1, round(recipe.batch / share)) * share} is")
     return recipe.batch // share
-
-
-def part_of(name):
-    return next((part for part, prefixes in PARTS.items() if name.startswith(prefixes)), None)
-
-
-def parameter_groups(model, recipe):
-    """What is trained, in groups of one learning rate and weight decay; the rest is frozen."""
-    groups = {}
-    for name, p in model.named_parameters():
-        part = part_of(name)
-        p.requires_grad_(part in recipe.lr)
-        if p.requires_grad:
-            decay = 0.0 if p.ndim <= 1 or ".diffloss." in name else recipe.weight_decay
-            groups.setdefault((part, decay), {"params": [], "part": part, "weight_decay": decay, "peak": recipe.lr[part], "lr": recipe.lr[part]})["params"].append(p)
-    return list(groups.values())
-
-
-def schedule(recipe, step):
-    """Factor on the learning rates: linear warm-up, then cosine to 0."""
-    return min(1.0, (step + 1) / max(1, recipe.warmup * recipe.steps)) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
 
 
 def override(recipe, args):
@@ -138,7 +110,7 @@ def dry_run(name, recipe, args):
     print(f"  batch {recipe.batch} = {args.ranks} processes × micro-batch {recipe.micro_batch} × accumulation {accumulate}")
     print(f"  warm-up {recipe.warmup * recipe.steps:.0f} steps, then cosine to 0; {recipe.steps * recipe.batch / 1e6:.1f} M samples in all")
     trained, everything = sum(counts[part] for part in recipe.lr), sum(counts.values())
-    optimizer = 8 * trained / (args.ranks if recipe.zero else 1)
+    optimizer = 8 * trained / (args.ranks if recipe.zero else 1)   # of AdamW; Muon's matrices take half
     llm, mar = model.config.llm, model.config.mar
     tokens = (recipe.size // model.config.vae.stride) ** 2 + mar.buffer_size
     # what a block keeps for its backward pass, in 2-byte numbers per token: about 34 widths, 1 with checkpointing (and one block at a time in full)

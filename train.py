@@ -32,8 +32,9 @@ from data import Batches, Ledger, Source, open_mixture, to_model, train_tokenize
 from harmon import Harmon
 from latents import LatentCache, cache_latents
 from monitor import Monitor, plot
+from optim import PARTS, make_optimizer, parameter_groups, schedule
 from pretrained import HarmonConfig, load_tokenizer
-from recipes import CHAINS, PARTS, RECIPES, Recipe, accumulation, dry_run, named_numbers, override, parameter_groups, schedule
+from recipes import CHAINS, RECIPES, Recipe, accumulation, dry_run, named_numbers, override
 from sources import open_source
 
 
@@ -185,7 +186,7 @@ def train(name, recipe, args, stop_at=None):
     model.gradient_into_image = recipe.image_gradient
     model.to(device).train()
 
-    optimizer = adamw(parameter_groups(model, recipe), spread=recipe.zero and args.ranks > 1)
+    optimizer = make_optimizer(parameter_groups(model, recipe), spread=recipe.zero and args.ranks > 1)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     averaged = {n: p.detach().clone() for n, p in trained.items()}
     if found:
@@ -267,16 +268,6 @@ def train(name, recipe, args, stop_at=None):
         set_latent_scale(folder, batches)
     barrier()
     return checkpoints(folder)[-1]
-
-
-def adamw(groups, spread):
-    """spread: over the processes, each keeps the state of its share of the parameters."""
-    settings = dict(lr=1e-4, betas=(0.9, 0.95), fused=True)     # each group has its own rate
-    if not spread:
-        return torch.optim.AdamW(groups, **settings)
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
 
 
 def leave_interrupts_to_the_trainer(_):

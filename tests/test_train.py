@@ -13,6 +13,7 @@ from conftest import ROOT, SMALL, shake
 from PIL import Image
 
 import monitor
+import optim
 import recipes
 import shapes
 import train
@@ -59,6 +60,19 @@ def test_resume_is_exact(small_world, tmp_path):
     assert whole["step"] == halves["step"] == 6
     assert equal(whole["model"], halves["model"]) and equal(whole["model_ema"], halves["model_ema"])
     assert not equal(whole["model"], run(replace(SHORT, seed=1), tmp_path / "c")["model"])
+
+
+def test_resume_is_exact_with_muon(small_world, tmp_path):
+    recipe = replace(SHORT, muon=True)
+    whole = run(recipe, tmp_path / "a")
+    run(recipe, tmp_path / "b", stop_at=3)
+    assert equal(whole["model"], run(recipe, tmp_path / "b")["model"])
+    assert not equal(whole["model"], run(SHORT, tmp_path / "c")["model"])
+    optimizer = optim.make_optimizer(optim.parameter_groups(Harmon(SMALL), recipe))
+    matrices = {id(p) for g in optimizer.parts[0].param_groups for p in g["params"]}
+    assert len(matrices) == (2 + 2) * 4 + 2 * 7                    # of four MAR blocks and two of the LLM's layers
+    with pytest.raises(ValueError, match="--zero"):
+        optim.make_optimizer(optim.parameter_groups(Harmon(SMALL), recipe), spread=True)
 
 
 def test_a_broken_checkpoint_falls_back_to_the_one_before(small_world, tmp_path, capsys):
@@ -147,7 +161,7 @@ def test_ctrl_c_saves(model_folder, tmp_path):
 
 def groups_by_name(model, recipe):
     names = {id(p): n for n, p in model.named_parameters()}
-    return {names[id(p)]: (g["peak"], g["weight_decay"]) for g in recipes.parameter_groups(model, recipe) for p in g["params"]}
+    return {names[id(p)]: (g["peak"], g["weight_decay"]) for g in optim.parameter_groups(model, recipe) for p in g["params"]}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -160,7 +174,8 @@ def test_every_parameter_has_the_recipes_rate(name):
         part = "mar-decoder" if head else "mar-encoder" if encoder else n.split(".")[0]
         assert p.requires_grad == (n in given) == (part in recipe.lr), n
         if p.requires_grad:
-            assert given[n] == (recipe.lr[part], 0.0 if p.ndim <= 1 or ".diffloss." in n else recipe.weight_decay), n
+            muon = recipe.muon and p.ndim == 2 and (".layers." in n or "coder_blocks" in n)
+            assert given[n] == (recipe.lr[part] * (2 if muon else 1), 0.0 if p.ndim <= 1 or ".diffloss." in n else recipe.weight_decay), n
 
 
 def test_the_papers_table_1():
@@ -202,7 +217,7 @@ def test_only_one_part(tmp_path):
 
 def test_rates_warm_up_and_end_near_zero():
     recipe = replace(SHORT, steps=100, warmup=0.1)
-    rates = [recipes.schedule(recipe, s) for s in range(100)]
+    rates = [optim.schedule(recipe, s) for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(rates[9], abs=0.03) and rates[-1] < 1e-3
 
 
