@@ -34,7 +34,7 @@ CAUSES = (  # what usually makes a tensor of that name differ when all before it
     (r"latents$", "vae_scale: latents are the mean (the first half of quant_conv's channels, no sampling) times vae_scale, channels last"),
     (r"decoded$", "the VAE decodes latents / vae_scale, channels first"),
     # MAR
-    (r"resize/", "bilinear resize of the image part alone: position (i + ½) · old / new - ½ clamped to the edges (align_corners False, no antialiasing), rows before columns in memory"),
+    (r"resize/", "bilinear resize of the image part alone, position (i + ½) · old / new - ½ clamped to the edges (align_corners False, no antialiasing)"),
     (r"pos_embed_learned$", "position embedding: the table unchanged on the native grid; in encoder and decoder its first n rows are the buffers'"),
     (r"mar\.z_proj\.out$", "Linear is x @ weight.T + bias; tokens are the latents of positions row by row"),
     (r"z_proj_ln\.in$", "position embedding: buffers (fake_latent, n times) stand in front and take rows 0 … n-1, image token i takes row n + i"),
@@ -50,16 +50,18 @@ CAUSES = (  # what usually makes a tensor of that name differ when all before it
     (r"(^|/)z_enc$", "buffer order: for the LLM the n buffers are moved from the front to behind the image tokens, after proj_in"),
     (r"back_to_mar$", "buffer order: the last n outputs of proj_out are moved to the front again before x_enc is added; x_enc is added to all of them"),
     (r"(^|/)z$", "decoder_norm, then the n buffers are dropped, then diffusion_pos_embed_learned is added (without buffer rows)"),
-    (r"_blocks\.\d+\.out$", "block: both branches are pre-norm residuals; the second one starts from the sum of the first"),
+    (r"coder_blocks\.\d+\.out$", "block: both branches are pre-norm residuals; the second one starts from the sum of the first"),
     (r"proj_(in|out)\.", "proj_in and proj_out are Linear, SiLU, Linear; they see buffers and visible tokens alike"),
     # LLM
     (r"(^|/)embeds$", "rows of embed_tokens, unscaled; where input_ids are -200 z_enc stands, in order"),
-    (r"attention_mask$|llm\.positions$", "positions are cumsum(mask) - 1 over cached and new tokens: padding is on the right, does not count, and image tokens go on after the real prompt; "
-                                         "the tokens of the step before must have been dropped from the cache"),
-    (r"rotary\.", "rotary: angle = position · theta^(-2i/d), i = 0 … d/2 - 1, the d/2 angles twice, one after the other (not each one doubled); theta and d from the configuration"),
-    (r"self_attn\.[qk]$", "rotary layout: half-split, channel i is paired with i + d/2 (not 2i with 2i + 1): x · cos + [-x₂, x₁] · sin; or the cache holds keys that are not rotated yet"),
+    (r"attention_mask$|llm\.positions$", "positions are cumsum(mask) - 1 over cached and new tokens: padding is on the right and does not count, the image goes on "
+                                         "after the real prompt; the tokens of the step before must have been dropped from the cache"),
+    (r"rotary\.", "rotary: angle = position · theta^(-2i/d), i = 0 … d/2 - 1, the d/2 angles twice, one after the other (not each one doubled)"),
+    (r"self_attn\.[qk]$", "rotary layout: half-split, channel i is paired with i + d/2 (not 2i with 2i + 1): x · cos + [-x₂, x₁] · sin; "
+                           "or the cache holds keys that are not rotated yet"),
     (r"self_attn\.v$", "values are not rotated; cached ones come first"),
-    (r"self_attn\.weights$", "causal with the triangle aligned to the last key, padding masked, scores divided by √d; grouped queries: key head j serves consecutive query heads j·g … (j+1)·g - 1"),
+    (r"self_attn\.weights$", "causal with the triangle aligned to the last key, padding masked, scores divided by √d; grouped queries: key head j serves "
+                             "consecutive query heads j·g … (j+1)·g - 1"),
     (r"o_proj\.in$", "heads are put side by side; grouped queries: value head j serves consecutive query heads"),
     (r"llm\..*norm\.out$", "RMSNorm: no mean is subtracted, eps (rms_norm_eps, 1e-6) inside the root, times weight"),
     (r"[qkv]_proj\.out$", "q, k and v have biases, the other projections none"),
@@ -74,15 +76,15 @@ CAUSES = (  # what usually makes a tensor of that name differ when all before it
     (r"hidden$", "the first m_(k-1) entries of orders are masked when step k begins"),
     (r"time_embed\.in$", "respaced steps: the network is told round(i · 999 / (steps - 1)), not i"),
     (r"time_embed\.mlp\.0\.in$", "time features: 128 cosines first, then 128 sines; exponent -ln(10000) · i / 128; t is not divided by 1000"),
-    (r"cond_embed\.in$", "rows: conditional ones, then unconditional ones; the newly drawn tokens in raster order; in training the list of all tokens repeated as a whole"),
-    (r"(mlp\.0|final_layer\.linear)\.in$", "modulation: adaLN_modulation gives shift, scale, gate in that order, and x becomes (1 + scale) · LayerNorm(x) + shift; the final layer's norm has no weights"),
-    (r"in_ln\.out$", "LayerNorm: eps 1e-6 and not torch's 1e-5, variance / n"),
+    (r"cond_embed\.in$", "rows: conditional ones, then unconditional ones; newly drawn tokens in raster order; in training the list of all tokens repeated as a whole"),
+    (r"(mlp\.0|final_layer\.linear)\.in$", "modulation: adaLN_modulation gives shift, scale, gate in that order, and x becomes (1 + scale) · LayerNorm(x) + shift; "
+                                        "the final layer's norm has no weights"),
     (r"adaLN_modulation\.1\.in$", "silu of the sum of time and condition embedding"),
     (r"res_blocks\.\d+\.out$", "x + gate · mlp(…): the gate multiplies the branch alone"),
     (r"t\d+/(eps|v)$", "of the head's 2·C outputs the first C are ε, the others v"),
     (r"t\d+/eps_guided$", "guidance: ε_u + w (ε_c - ε_u); the first half of the rows is conditional, the second unconditional"),
-    (r"t\d+/x0$", "x_0 = x / √ᾱ - √(1/ᾱ - 1) · ε with ᾱ of the respaced process, clamped to ± x0_clip if the configuration has one"),
-    (r"t\d+/mean$", "mean of the posterior: β √ᾱ' / (1 - ᾱ) · x_0 + (1 - ᾱ') √(ᾱ/ᾱ') / (1 - ᾱ) · x with β = 1 - ᾱ/ᾱ' of the respaced process"),
+    (r"t\d+/mean$", "posterior mean: x_0 = x / √ᾱ - √(1/ᾱ - 1) · ε, clamped to ± x0_clip if the configuration has one, then β √ᾱ' / (1 - ᾱ) · x_0 + "
+                    "(1 - ᾱ') √(ᾱ/ᾱ') / (1 - ᾱ) · x with ᾱ' of the step before and β = 1 - ᾱ/ᾱ', both of the respaced process"),
     (r"logvar$", "variance interpolation: f = (v + 1)/2, f · log β + (1 - f) · log β̃; β̃ of step 0 is that of step 1; v is the conditional rows'"),
     (r"t\d+/x$", "x = mean + exp(½ logvar) · noise · temperature; one draw for the start and one for each step but the last, in this order"),
     (r"drawn$", "no noise is added at the last step"),

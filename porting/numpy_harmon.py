@@ -313,7 +313,7 @@ def draw(p, z, noise, cfg=1.0, temperature=1.0):
             eps, v = np.split(out, 2, axis=1)
             show("eps", eps), show("v", v)
             eps = show("eps_guided", guide(eps, cfg) if len(z) > M else eps)    # v is the conditional rows'
-            x0 = show("x0", np.clip(now["x0_from_xt"] * x - now["x0_from_eps"] * eps, -clip, clip))
+            x0 = np.clip(now["x0_from_xt"] * x - now["x0_from_eps"] * eps, -clip, clip)
             x = show("mean", now["mean_from_x0"] * x0 + now["mean_from_xt"] * x)
             x = x + np.exp(0.5 * show("logvar", mix(v[:M], now["log_beta"], now["log_variance"]))) * fresh * temperature
     return p.trace.show("drawn", x)
@@ -405,7 +405,7 @@ def draw_image(p, tokenizer, prompt, *, seed=0, steps=None, cfg=3.0):
                  grid=(g, g), steps=steps or min(64, -(-g * g // 4)), cfg=cfg)
     return Image.fromarray(np.clip(127.5 * x[0].transpose(1, 2, 0) + 128, 0, 255).astype(np.uint8))
 
-def ask(p, tokenizer, image, question):
+def ask(p, tokenizer, image, question, most=1024):
     side, c = max(image.size), p.config["mar"]
     square = Image.new("RGB", (side, side), (127, 127, 127))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -413,7 +413,7 @@ def ask(p, tokenizer, image, question):
     before, after = (pad(tokenizer, [text])[0] for text in (USER, f"\n{question}{END}\n{ASSISTANT}"))
     places = np.full((1, (c["img_size"] // c["vae_stride"]) ** 2 + c["buffer_size"]), IMAGE)
     ids = np.concatenate([before, places, after], axis=1)
-    return tokenizer.decode(answer(p, ids, pixels, end=tokenizer.token_to_id(END), most=1024))
+    return tokenizer.decode(answer(p, ids, pixels, end=tokenizer.token_to_id(END), most=most))
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
