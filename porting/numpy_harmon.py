@@ -27,7 +27,6 @@ NORM_EPS = 1e-6                    # of LayerNorm and GroupNorm; RMSNorm's is in
 IMAGE = -200                       # in ids: an image embedding goes here
 USER, ASSISTANT, END, PAD = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>", "<|endoftext|>"
 
-
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 @shown
@@ -87,7 +86,6 @@ def split_heads(x, heads):                                                      
 def join_heads(x):                                                              # (B, heads, L, d) -> (B, L, heads·d)
     return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
 
-
 # ---- VAE: pixels <-> latents -----------------------------------------------------------------------------------------
 
 @shown
@@ -143,7 +141,6 @@ def encode(p, pixels):                                                          
 def decode(p, latents):                                                         # -> (B, 3, H, W), about in [-1, 1]
     return p.show("decoded", vae_decode(p.vae, (latents / p.config["vae_scale"]).transpose(0, 3, 1, 2)))
 
-
 # ---- LLM: Qwen2.5 ----------------------------------------------------------------------------------------------------
 
 def rotary(positions, d, theta):                                                # (B, L) -> cos and sin, each (B, 1, L, d)
@@ -198,7 +195,6 @@ def embed(p, ids, z_enc):                                                       
     x[ids == IMAGE] = z_enc.reshape(-1, x.shape[-1])
     return p.show("embeds", x)
 
-
 # ---- MAR: encoder and decoder ----------------------------------------------------------------------------------------
 
 @shown
@@ -249,7 +245,6 @@ def mar_decode(p, x, hidden, grid):                                             
         x = block(part, x)
     x = layer_norm(p.decoder_norm, x)[:, p.config["mar"]["buffer_size"]:]       # (B, N, D)
     return x + position_embedding(p, "diffusion_pos_embed_learned", grid)
-
 
 # ---- diffusion head: a condition -> a token --------------------------------------------------------------------------
 
@@ -317,7 +312,6 @@ def draw(p, z, noise, cfg=1.0, temperature=1.0):
             x = show("mean", now["mean_from_x0"] * x0 + now["mean_from_xt"] * x)
             x = x + np.exp(0.5 * show("logvar", mix(v[:M], now["log_beta"], now["log_variance"]))) * fresh * temperature
     return p.trace.show("drawn", x)
-
 
 # ---- Harmon ----------------------------------------------------------------------------------------------------------
 
@@ -387,7 +381,6 @@ def answer(p, ids, pixels, *, end, most):
         said.append(token)
         x = p.llm.model.embed_tokens.weight[[[token]]]                          # (1, 1, E)
     return said
-
 
 # ---- text and images, in and out -------------------------------------------------------------------------------------
 

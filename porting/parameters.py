@@ -92,4 +92,7 @@ def load(folder):
     if not files:
         raise FileNotFoundError(f"{folder}: no model.safetensors in it; convert.py makes such a folder of any weights")
     weights = {name: x for file in files for name, x in read_safetensors(file).items()}
-    return Part(weights, json.loads((Path(folder) / "config.json").read_text()), Trace())
+    config = json.loads((Path(folder) / "config.json").read_text())
+    if "vae_scale" not in config or "encoder_num_heads" not in config.get("mar", {}):
+        raise ValueError(f"{folder}: config.json does not give every size; convert.py makes a folder whose does")
+    return Part(weights, config, Trace())

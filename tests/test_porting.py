@@ -18,9 +18,11 @@ import export  # noqa: E402
 import numpy_harmon as port  # noqa: E402
 import replay  # noqa: E402
 import shapes  # noqa: E402
-from harmon import GENERATE, UNCONDITIONAL, Harmon, masking_schedule, pixels_to_images  # noqa: E402
+from harmon import GENERATE, UNCONDITIONAL, Harmon, HarmonConfig, masking_schedule, pixels_to_images  # noqa: E402
 from parameters import load, read_safetensors  # noqa: E402
 from random_weights import random_weight, uniform  # noqa: E402
+
+PORTING = (ROOT / "porting" / "PORTING.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def test_the_index_tells_shape_type_words_and_line(content):
     for name, entry in entries.items():
         assert list(tensors[name].shape) == entry["shape"] and entry["operation"] and entry["kind"] in ("input", "computed", "gradient")
         if entry["kind"] != "input":
-            file, line, function = re.fullmatch(r"(\w+\.py):(\d+) ([\w.]+)", entry["source"]).groups()
+            file, line, function = re.fullmatch(r"(\w+\.py):(\d+) (\S+)", entry["source"]).groups()
             text = (ROOT / file).read_text().splitlines()
             assert int(line) <= len(text) and text[int(line) - 1].strip(), entry["source"]
 
@@ -121,6 +123,14 @@ def test_weights_from_names_are_splitmix64():
     assert random_weight("llm.model.norm.weight", (512,)).mean() == pytest.approx(1, abs=0.02)
     head = random_weight("mar.diffloss.net.final_layer.linear.weight", (8, 64))[:4] @ random_weight("mar.diffloss.net.input_proj.weight", (64, 4))
     assert np.abs(head - np.eye(4)).max() < 0.7 and abs(np.trace(head) / 4 - 1) < 0.4                       # about the identity: ε of white noise
+
+
+def test_the_command_line_exports_and_saves_the_weights(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_json()))
+    export.main(["--random", str(tmp_path), "--passes", "resize", "--save-weights", str(tmp_path / "weights"), "--out", str(tmp_path / "vectors")])
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'vectors'}: 3 tensors")
+    saved = load(tmp_path / "weights").mar.z_proj.weight
+    assert np.array_equal(saved, random_weight("mar.z_proj.weight", saved.shape)) and saved.shape == (32, 4)
 
 
 # ---- the port --------------------------------------------------------------------------------------------------------
@@ -225,6 +235,8 @@ def test_what_counts_as_equal():
     assert one(a + 3e-4).verdict == "equal" and one(a + 5e-4).verdict == "differs"         # 1e-4 of the largest, 4
     assert one(a + 3e-4).error == pytest.approx(7.5e-5, rel=1e-2)
     assert one(a + 5e-2, dtype="bfloat16").verdict == "equal" and one(a + 3e-4, dtype="int64").verdict == "differs"
+    half = compare.compare({"tensors": [entry("x")], "dtype": "bfloat16"}, {"x": a}, {"x": a + 5e-2})[0]
+    assert half.verdict == "equal" and half.tolerance == 5e-2                              # float32 tensors of a bfloat16 model
     assert one(a * 1e-9, a=a * 2e-9).verdict == "equal"                                    # below the floor
     assert one(np.where(a > 1, np.nan, a)).verdict == "differs" and one(a[:1]).verdict == "shape"
 
@@ -271,6 +283,47 @@ def test_bad_input_is_said_in_one_line(vectors, tmp_path, capsys):
             main(argv)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and words in error and error.count("\n") == 1
+
+
+# ---- PORTING.md ------------------------------------------------------------------------------------------------------
+
+def rows_of(document, heading):
+    """The cells of the first table after a heading."""
+    table = re.search(rf"^#+ {heading}$(?:\n[^#|].*|\n)*\n\|.*\n\|[-|]+\n((?:\|.*\n)+)", document, re.M)[1]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+@pytest.mark.parametrize("config", [SMALL, HarmonConfig.from_name("harmon-0.5b"), HarmonConfig.from_name("harmon-1.5b")], ids=["small", "0.5b", "1.5b"])
+def test_the_parameter_tables_are_complete_and_right(config):
+    with torch.device("meta"):
+        shapes_of = {name: tuple(p.shape) for name, p in Harmon(config).state_dict().items()}
+    l, m, v = config.llm, config.mar, config.vae
+    sizes = dict(V=l.vocab_size, E=l.hidden_size, F=l.intermediate_size, Q=l.num_key_value_heads * l.hidden_size // l.num_attention_heads, D=m.embed_dim, n=m.buffer_size,
+                 N=m.grid ** 2, C=m.token_dim, W=m.head_width, classes=m.class_num, ch=v.ch, m=v.ch * v.ch_mult[-1])
+    width = lambda level: v.ch * v.ch_mult[min(level, len(v.ch_mult) - 1)] if level >= 0 else v.ch  # noqa: E731
+    rows = [row for heading in ("LLM", "MAR", "Diffusion head", "VAE") for row in rows_of(PORTING, heading)]
+    seen = set()
+    for pattern, shape in rows:
+        pattern = re.sub(r"\bI\b", r"\\d+", re.escape(pattern.strip("`")).replace(r"\{", "(?:").replace(r"\}", ")").replace(",", "|"))
+        found = [name for name in shapes_of if re.fullmatch(pattern, name)]
+        assert (found or "nin_shortcut" in pattern) and not seen & set(found), pattern
+        seen |= set(found)
+        for name in found:
+            place = re.search(r"\.(?:down|up)\.(\d+)(?:\.block\.(\d+))?", name)
+            level, block = (int(i or 0) for i in place.groups()) if place else (0, 0)
+            level_before = level + 1 if "decoder" in name else level - 1
+            local = dict(sizes, b=width(level), a=width(level_before if block == 0 else level))
+            told = tuple(eval(re.sub(r"(\d)([A-Z])", r"\1*\2", factor), {}, local) for factor in shape.split(" × "))
+            assert told == shapes_of[name], name
+    assert seen == set(shapes_of)
+
+
+def test_every_tensor_that_the_document_names_is_exported(content):
+    names = {name for e in content[0]["tensors"] for name in [e["name"], *e["also"]]}
+    pitfalls = rows_of(PORTING, "Pitfalls")
+    told = re.findall(r"`((?:understand|generate|train|resize)/[^`…]*[^`/…])`", PORTING)
+    assert len(pitfalls) >= 20 and all(row[1].strip("`") in names for row in pitfalls)
+    assert set(told) <= names, sorted(set(told) - names)
 
 
 # ---- the bundled model -----------------------------------------------------------------------------------------------
