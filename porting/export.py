@@ -21,7 +21,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
-from recorder import Recorder, line_of, replaced, watching  # puts the project's root on the path
+from compare import relative_error
+from recorder import Recorder, line_of, replaced, rounded_otherwise, watching  # puts the project's root on the path
 
 import diffusion_head
 import harmon
@@ -120,6 +121,14 @@ def train(model, record, image, question, answer, caption, rng):
             loss.backward()
 
 
+@torch.no_grad()
+def resize(model, record, grid):
+    """The three position embeddings for a grid that is not the native one."""
+    with watching(model, record):
+        for table in (model.mar.encoder_pos_embed_learned, model.mar.decoder_pos_embed_learned, model.mar.diffusion_pos_embed_learned):
+            model.mar.position_embedding(table, grid)
+
+
 @contextmanager
 def gradients(model, record):
     """The norm of each parameter's gradient, in the order in which backward finishes them, and of all together."""
@@ -178,21 +187,22 @@ def export(model, out, *, origin, passes=PASSES, image=None, question=None, prom
     image, prompt, question = image or shapes.render(scene), prompt or shapes.describe(scene), question or asked
     settings = dict(prompt=prompt, question=question, steps=steps, cfg=cfg, temperature=temperature, max_new_tokens=max_new_tokens,
                     end=model.tokenizer.token_to_id(END), resized_grid=[g + 1, g + 3], seed=seed)
-    record, rng = Recorder(), np.random.default_rng(seed)
-    with record.at("understand"):
-        if "understand" in passes:
-            understand(model, record, image, question, max_new_tokens)
-    with record.at("generate"):
-        if "generate" in passes:
-            generate(model, record, prompt, rng, steps, cfg, temperature)
-    with record.at("train"):
-        if "train" in passes:
-            train(model, record, image, question, answer, prompt, rng)
-    with record.at("resize"), torch.no_grad():
-        if "resize" in passes:
-            with watching(model, record):
-                for table in (model.mar.encoder_pos_embed_learned, model.mar.decoder_pos_embed_learned, model.mar.diffusion_pos_embed_learned):
-                    model.mar.position_embedding(table, (g + 1, g + 3))
+    runs = dict(understand=lambda record, rng: understand(model, record, image, question, max_new_tokens),
+                generate=lambda record, rng: generate(model, record, prompt, rng, steps, cfg, temperature),
+                train=lambda record, rng: train(model, record, image, question, answer, prompt, rng),
+                resize=lambda record, rng: resize(model, record, (g + 1, g + 3)))
+    record = Recorder()
+    for number, name in enumerate(PASSES):
+        if name in passes:
+            again = Recorder()
+            with record.at(name):
+                runs[name](record, np.random.default_rng([seed, number]))
+            with again.at(name), rounded_otherwise(model):
+                runs[name](again, np.random.default_rng([seed, number]))
+            for entry in record.entries:
+                a, b = (tensors.get(entry["name"]) for tensors in (record.tensors, again.tensors))
+                if b is not None and a.is_floating_point() and a.shape == b.shape:
+                    entry["rounding"] = float(f"{relative_error(a.double().numpy(), (a.double() - b.double()).abs().numpy()):.1e}")
     index = dict(weights=str(origin), dtype=str(model.dtype).removeprefix("torch."), settings=settings, config=model.config.to_json(),
                  parameters={name: list(p.shape) for name, p in model.named_parameters()}, tensors=record.entries)
     weights.write(Path(out) / "vectors.safetensors", record.tensors)

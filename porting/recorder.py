@@ -97,14 +97,21 @@ def call_site():
 
 
 class Origins(TorchFunctionMode):
-    """While it is entered, notes for every tensor that a torch function returns which line of the model's source called that function."""
+    """While it is entered, notes for every tensor that a torch function returns which line of the model's source called that function.
+
+    Of the head's `predict`, which is local to its sampler and cannot be wrapped, it notes the local variables as well.
+    """
 
     def __init__(self):
         super().__init__()
+        self.predict = {}
         self.lines = {}                                 # id of a tensor -> the tensor, weakly, and the line
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        frame = inspect.currentframe().f_back
+        if frame.f_code.co_name == "predict" and frame.f_code.co_filename == diffusion_head.__file__:
+            self.predict = frame.f_locals
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, torch.Tensor) and self.of(x) is None:              # what hands its input on, as dropout in eval mode, computes nothing
                 self.lines[id(x)] = weakref.ref(x), call_site()
@@ -234,8 +241,9 @@ def wrap_attention(record, inside):
             name, module = inside[-1]
             if watched(f"{name}.q", module):
                 with torch.no_grad():
-                    identity = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:3], -1)
-                    seen = function(q, k, identity, **options)                  # softmax(q kᵀ / √d) · 1
+                    keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+                    identity = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*keys.shape[:3], -1)
+                    seen = function(q, keys, identity, **options)               # softmax(q kᵀ / √d) · 1
                 for what, x in (("q", q), ("k", k), ("v", v)):
                     record(f"{name}.{what}", x, f"{what} as attention gets it: (B, heads, positions, d){', rotated' if 'llm' in name and what != 'v' else ''}")
                 masked = options.get("mask") is not None or options.get("causal", False)
@@ -274,7 +282,8 @@ def wrap_llm(record, places):
                 if call in ("token0", "prompt"):
                     for i, layer in enumerate(cache.layers):
                         for what, x in zip("kv", layer):
-                            record(f"llm.cache.{i}.{what}", x, f"{'rotated keys' if what == 'k' else 'values'} of layer {i}: (B, kv_heads, S, d)")
+                            record(f"llm.cache.{i}.{what}", x[:, :, :cache.length], f"{'rotated keys' if what == 'k' else 'values'} of layer {i}: (B, kv_heads, S, d)",
+                                   line_of(llm.KVCache.append))
                 record.padding = None
             return out
         return wrapper
@@ -321,13 +330,13 @@ def wrap_sampler(record, stack, head):
 
     def denoise(method):
         def wrapper(x, y):
-            if not sampling():
-                return method(x, y)
+            caller = inspect.currentframe().f_back
+            if caller.f_code.co_name != "predict":
+                return method(x, y)                                             # training
             timesteps, C = head.sampling_process.timesteps.tolist(), head.token_dim
             state.place = f"t{timesteps[-1 - state.step]}"
-            half = slice(0, sampling()["M"])
             with record.at(state.place):
-                record("x", x[half], "the noisy tokens, conditional rows")
+                record("x", x[:caller.f_locals["M"]], "the noisy tokens, conditional rows")
                 with record.silence(state.step > 0):
                     out = method(x, y)
                 source = record.origins.of(out)
@@ -340,34 +349,19 @@ def wrap_sampler(record, stack, head):
     def mix(function):
         def wrapper(v, log_beta, log_variance):
             out = function(v, log_beta, log_variance)
-            local = sampling()
-            with record.at(state.place if local else None):
-                if local:
-                    record("eps_guided", local["eps"], "ε_u + w (ε_c - ε_u)")
-                    record("mean", local["x"], "posterior mean of x and x_0 = x / √ᾱ - √(1/ᾱ - 1) · ε, which is clamped to ± x0_clip if there is one")
+            caller = inspect.currentframe().f_back
+            sampling = caller.f_code is diffusion_head.ancestral.__code__
+            with record.at(state.place if sampling else None):
+                if sampling:
+                    record("eps_guided", record.origins.predict["eps"], "ε_u + w (ε_c - ε_u)")
+                    record("mean", caller.f_locals["x"], "posterior mean of x and x_0 = x / √ᾱ - √(1/ᾱ - 1) · ε, which is clamped to ± x0_clip if there is one")
                 record("logvar", out, "f · log β + (1 - f) · log β̃, f = (v + 1) / 2")
             return out
         return wrapper
 
-    def sampling():
-        """The local variables of DiffusionHead.sample, if that is what called the wrapped function."""
-        frame = inspect.currentframe().f_back.f_back
-        return frame.f_locals if frame.f_code is diffusion_head.DiffusionHead.sample.__wrapped__.__code__ else None
-
     stack.enter_context(replaced(head, "sample", sample))
     stack.enter_context(replaced(head.net, "denoise", denoise))
     stack.enter_context(replaced(diffusion_head, "mix", mix))
-
-
-def wrap_bound(record, what, operation):
-    def make(function):
-        def wrapper(*args):
-            out = function(*args)
-            t = inspect.currentframe().f_back.f_locals["t"]                     # of DiffusionHead.loss; the likelihood counts at t = 0 only
-            record(what, out[t == 0] if what == "nll" else out, operation, record.origins.of(out))
-            return out
-        return wrapper
-    return make
 
 
 @contextmanager
@@ -394,8 +388,24 @@ def watching(model, record, llm_places=()):
                 (model, "back_to_mar", wrap_method(record, "back_to_mar", "x_enc + proj_out(z_llm) with the buffers moved back to the front")),
                 (model.mar, "decode", wrap_method(record, "z", "decoder_norm without the buffers, plus diffusion_pos_embed_learned")),
                 (model, "decode", wrap_method(record, "decoded", "the VAE's decoder of latents / vae_scale")),
-                (diffusion_head, "gaussian_kl", wrap_bound(record, "kl", "KL between the true and the predicted posterior, nats")),
-                (diffusion_head, "discretized_nll", wrap_bound(record, "nll", "-log p(x_0 ± 1/255) in nats, rows of t = 0"))):
+                (diffusion_head, "gaussian_kl", wrap_method(record, "kl", "KL between the true and the predicted posterior, nats"))):
             stack.enter_context(replaced(owner, name, make))
         wrap_sampler(record, stack, model.mar.diffloss)
         yield
+
+
+@contextmanager
+def rounded_otherwise(model):
+    """Inside the block every layer's output is off by its last bit, at random: as far as another right implementation may be."""
+    generator, handles = torch.Generator().manual_seed(0), []
+
+    def disturb(module, args, out):
+        sign = torch.randint(2, out.shape, generator=generator).to(out) * 2 - 1
+        return out * (1 + torch.finfo(out.dtype).eps * sign)
+
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, llm.RMSNorm)):
+            handles.append(module.register_forward_hook(disturb))
+    yield
+    for handle in handles:
+        handle.remove()

@@ -40,9 +40,7 @@ def head_loss(p, z, x0, t, noise):
     mean = now["mean_from_x0"] * (now["x0_from_xt"] * x_t - now["x0_from_eps"] * eps) + now["mean_from_xt"] * x_t
     logvar = p.trace.show("logvar", mix(v, now["log_beta"], now["log_variance"]))
     kl = p.trace.show("kl", gaussian_kl(now["mean_from_x0"] * x0 + now["mean_from_xt"] * x_t, now["log_variance"], mean, logvar))
-    nll = discretized_nll(x0, mean, logvar)
-    p.trace.show("nll", nll[t == 0])
-    bound = np.where(t[:, None] == 0, nll, kl).mean(axis=1) / math.log(2)
+    bound = np.where(t[:, None] == 0, discretized_nll(x0, mean, logvar), kl).mean(axis=1) / math.log(2)
     return (((noise - eps) ** 2).mean(axis=1) + bound).mean()
 
 

@@ -143,6 +143,14 @@ def test_the_port_agrees_on_every_tensor(vectors, tmp_path, capsys):
     assert float(re.search(r"largest relative error among the equal ones: (\S+)", text)[1]) < 1e-4
 
 
+def test_ill_conditioned_tensors_are_few_and_known(content):
+    index, _ = content
+    moved = {e["name"]: e["rounding"] for e in index["tensors"] if "rounding" in e}
+    assert len(moved) > 500 and moved["resize/mar.encoder_pos_embed_learned"] == 0
+    assert 1e-8 < moved["understand/z_enc"] < 1e-5 and moved["generate/step1/t999/eps"] < 1e-5
+    assert all("/t" in name for name, far in moved.items() if compare.ROUNDING * far > compare.TOLERANCE["float32"])
+
+
 def interleaved(x, cos, sin):
     turned = np.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape)
     twice = lambda c: c[..., :c.shape[-1] // 2].repeat(2, axis=-1)  # noqa: E731
@@ -170,6 +178,11 @@ def evenly(steps, original=port.process):
 
 
 @port.shown
+def default_layer_norm(p, x):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * p.weight + p.bias
+
+
+@port.shown
 def sines_first(p, t):
     angle = t[:, None].astype(np.float32) * np.exp(np.arange(128, dtype=np.float32) * np.float32(-math.log(10000) / 128))
     return port.linear(p.mlp[2], port.silu(port.linear(p.mlp[0], np.concatenate([np.sin(angle), np.cos(angle)], axis=1))))
@@ -191,7 +204,7 @@ BUGS = {
                                    "generate/step1/t999/eps_guided", "first half of the rows is conditional"),
     "variance interpolated from 0 to 1": ("mix", lambda v, log_beta, log_variance: v * log_beta + (1 - v) * log_variance,
                                           "generate/step1/t999/logvar", "f = (v + 1)/2"),
-    "torch's eps": ("NORM_EPS", 1e-5, "understand/mar.z_proj_ln.out", "eps 1e-6 and not torch's 1e-5"),
+    "torch's eps": ("layer_norm", default_layer_norm, "understand/mar.z_proj_ln.out", "eps 1e-6 and not torch's 1e-5"),
     "no vae_scale": ("encode", lambda p, x: p.show("latents", port.vae_encode(p.vae, x)[0].transpose(0, 2, 3, 1)), "understand/latents", "times vae_scale"),
     "log variance for mean": ("encode", lambda p, x: p.show("latents", port.vae_encode(p.vae, x)[1].transpose(0, 2, 3, 1) * p.config["vae_scale"]),
                               "understand/latents", "the first half of quant_conv's channels"),
