@@ -208,20 +208,24 @@ class DiffusionHead(nn.Module):
     def solve(self, z, noise, time, cfg, temperature, solver, constants):
         """`sample` with all noise (draws, M, C) and time embeddings (S, W) at hand. It touches nothing but the device, so that fast.py can capture it;
         there cfg and temperature are 0-dim tensors."""
-        M, C = noise.shape[1:]
+        M = noise.shape[1]
         cond = self.net.cond_embed(z)                                           # (M or 2M, W)
 
         def predict(x, i):
             """x_0 and the variance mix, from x_t at step i."""
-            out = self.net.denoise(x if z.shape[0] == M else torch.cat([x, x]), time[i] + cond).float()
-            eps, v = out[:M].chunk(2, dim=1)                                    # the variance is the conditional row's
-            if z.shape[0] != M:
-                uncond = out[M:, :C]
-                eps = uncond + cfg * (eps - uncond)
+            guided = z.shape[0] != M
+            eps, v = self.net.denoise(torch.cat([x, x]) if guided else x, time[i] + cond).float().chunk(2, dim=1)
+            eps = guide(eps, cfg) if guided else eps
             x0 = constants[i]["x0_from_xt"] * x - constants[i]["x0_from_eps"] * eps
-            return (x0 if self.x0_clip is None else x0.clamp(-self.x0_clip, self.x0_clip)), v
+            return (x0 if self.x0_clip is None else x0.clamp(-self.x0_clip, self.x0_clip)), v[:M]   # the variance is the conditional row's
 
         return SOLVERS[solver](predict, noise, temperature, constants)
+
+
+def guide(eps, cfg):
+    """Classifier-free guidance, 2207.12598: ε of [conditional; unconditional] rows (2M, C) -> (M, C)."""
+    cond, uncond = eps.chunk(2)
+    return uncond + cfg * (cond - uncond)
 
 
 def ancestral(predict, noise, temperature, constants):

@@ -97,21 +97,14 @@ def call_site():
 
 
 class Origins(TorchFunctionMode):
-    """While it is entered, notes for every tensor that a torch function returns which line of the model's source called that function.
-
-    Of the head's `predict`, which is local to its sampler and cannot be wrapped, it notes the local variables as well.
-    """
+    """While it is entered, notes for every tensor that a torch function returns which line of the model's source called that function."""
 
     def __init__(self):
         super().__init__()
-        self.predict = {}
         self.lines = {}                                 # id of a tensor -> the tensor, weakly, and the line
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        frame = inspect.currentframe().f_back
-        if frame.f_code.co_name == "predict" and frame.f_code.co_filename == diffusion_head.__file__:
-            self.predict = frame.f_locals
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, torch.Tensor) and self.of(x) is None:              # what hands its input on, as dropout in eval mode, computes nothing
                 self.lines[id(x)] = weakref.ref(x), call_site()
@@ -346,6 +339,14 @@ def wrap_sampler(record, stack, head):
             return out
         return wrapper
 
+    def guide(function):
+        def wrapper(eps, cfg):
+            out = function(eps, cfg)
+            with record.at(state.place):
+                record("eps_guided", out, "ε_u + w (ε_c - ε_u)")
+            return out
+        return wrapper
+
     def mix(function):
         def wrapper(v, log_beta, log_variance):
             out = function(v, log_beta, log_variance)
@@ -353,7 +354,6 @@ def wrap_sampler(record, stack, head):
             sampling = caller.f_code is diffusion_head.ancestral.__code__
             with record.at(state.place if sampling else None):
                 if sampling:
-                    record("eps_guided", record.origins.predict["eps"], "ε_u + w (ε_c - ε_u)")
                     record("mean", caller.f_locals["x"], "posterior mean of x and x_0 = x / √ᾱ - √(1/ᾱ - 1) · ε, which is clamped to ± x0_clip if there is one")
                 record("logvar", out, "f · log β + (1 - f) · log β̃, f = (v + 1) / 2")
             return out
@@ -361,6 +361,7 @@ def wrap_sampler(record, stack, head):
 
     stack.enter_context(replaced(head, "sample", sample))
     stack.enter_context(replaced(head.net, "denoise", denoise))
+    stack.enter_context(replaced(diffusion_head, "guide", guide))
     stack.enter_context(replaced(diffusion_head, "mix", mix))
 
 

@@ -66,7 +66,7 @@ def test_the_index_tells_shape_type_words_and_line(content):
     assert "self.mlp(self.norm2(x))" in source("understand/mar.encoder_blocks.1.out")
     assert "x_enc + torch.cat" in source("generate/step2/back_to_mar")
     assert "scaled_dot_product_attention" in source("understand/mar.encoder_blocks.0.attn.weights")
-    assert "uncond + cfg * (eps - uncond)" in source("generate/step1/t999/eps_guided")
+    assert "uncond + cfg * (cond - uncond)" in source("generate/step1/t999/eps_guided")
     assert "real.cumsum(1) - 1" in source("generate/step2/llm.positions")
     assert "eps 1e-06" in entries["understand/mar.z_proj_ln.out"]["operation"]
 
