@@ -2,7 +2,6 @@
 
     python porting/numpy_harmon.py "three blue stars" --out x.png --seed 0          # text to image
     python porting/numpy_harmon.py --image x.png --ask "What color is the star?"    # image to text
-    python porting/numpy_harmon.py --vectors vectors/ --out mine/                   # recompute what export.py wrote, for compare.py
 
     pixels --VAE--> latents --MAR encoder--> x_enc --proj_in--> z_enc --LLM, after the prompt--> z_llm
       --proj_out, + x_enc--> --MAR decoder--> z --diffusion head--> latents of masked tokens --VAE--> pixels
@@ -412,26 +411,22 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", help="what to draw")
     parser.add_argument("--model", default="harmon-tiny", help="the bundled model, or a folder that convert.py wrote (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="the image's file (default: out.png); with --vectors a folder (default: mine)")
+    parser.add_argument("--out", type=Path, default=Path("out.png"), help="the image's file (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="generation steps (default: 64, or a quarter of the image tokens if that is fewer)")
     parser.add_argument("--cfg", type=float, default=3.0, help="guidance (default: %(default)s)")
     parser.add_argument("--image", type=Path, help="the image that --ask is about")
     parser.add_argument("--ask", metavar="QUESTION")
-    parser.add_argument("--vectors", type=Path, help="what export.py wrote: recompute it")
     args = parser.parse_args(argv)
     try:
         folder = BUNDLED / args.model if (BUNDLED / args.model).is_dir() else Path(args.model)
-        if args.vectors is not None:
-            from replay import replay  # stands on this file
-            return print(replay(args.vectors, args.out or Path("mine")))
         if (args.ask is None) != (args.image is None) or (args.ask is None) == (args.prompt is None):
-            raise ValueError("give a prompt to draw, or --image with --ask, or --vectors")
+            raise ValueError("give a prompt to draw, or --image with --ask")
         p, tokenizer = load(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
         if args.ask is not None:
             return print(ask(p, tokenizer, Image.open(args.image).convert("RGB"), args.ask))
-        draw_image(p, tokenizer, args.prompt, seed=args.seed, steps=args.steps, cfg=args.cfg).save(args.out or "out.png")
-        print(args.out or "out.png")
+        draw_image(p, tokenizer, args.prompt, seed=args.seed, steps=args.steps, cfg=args.cfg).save(args.out)
+        print(args.out)
     except (ValueError, OSError) as error:
         print(f"numpy_harmon.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,9 +1,13 @@
 """Recompute with the NumPy port what export.py wrote: both passes of inference and the losses of the training step.
 
+    python porting/replay.py vectors/ mine/                       # then: python porting/compare.py vectors/ mine/
+
 It takes the inputs and the weights' origin from the vectors' folder and writes every tensor that the index names, but for gradients.
 """
+import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -104,10 +108,21 @@ def recompute(p, index, inputs):
     return p.trace.kept
 
 
-def replay(vectors, out):
-    """Write to `out` what is in the folder `vectors`, recomputed; returns a line that says so."""
-    index = json.loads((Path(vectors) / "index.json").read_text())
-    kept = recompute(model_of(index), index, read_safetensors(Path(vectors) / "vectors.safetensors"))
-    Path(out).mkdir(parents=True, exist_ok=True)
-    save_file(kept, Path(out) / "vectors.safetensors")
-    return f"{Path(out) / 'vectors.safetensors'}: {len(kept)} tensors"
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("vectors", type=Path, help="the folder that export.py wrote")
+    parser.add_argument("mine", type=Path, help="the folder to write")
+    args = parser.parse_args(argv)
+    try:
+        index = json.loads((args.vectors / "index.json").read_text())
+        kept = recompute(model_of(index), index, read_safetensors(args.vectors / "vectors.safetensors"))
+        args.mine.mkdir(parents=True, exist_ok=True)
+        save_file(kept, args.mine / "vectors.safetensors")
+        print(f"{args.mine / 'vectors.safetensors'}: {len(kept)} tensors")
+    except (ValueError, OSError) as error:
+        print(f"replay.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -136,7 +136,7 @@ def test_the_command_line_exports_and_saves_the_weights(tmp_path, capsys):
 # ---- the port --------------------------------------------------------------------------------------------------------
 
 def test_the_port_agrees_on_every_tensor(vectors, tmp_path, capsys):
-    port.main(["--vectors", str(vectors), "--out", str(tmp_path)])
+    replay.main([str(vectors), str(tmp_path)])
     assert compare.main([str(vectors), str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert " 0 differ, 0 of a wrong shape, 0 missing" in text
