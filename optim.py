@@ -1,7 +1,8 @@
 """What is trained and how: parameter groups, their learning rates over the steps, and the optimizer.
 
 AdamW for everything, as the papers have it; or, in recipes that say so, Muon ("Muon is Scalable for LLM Training", 2502.16982; torch's own) for the matrices of the
-transformer blocks and AdamW for the rest: a small model then needs about half of the steps.
+transformer blocks and AdamW for the rest: a small model then needs about half of the steps. Muon orthogonalises in bfloat16, so that one process and many agree
+to that precision only; with AdamW they agree to rounding in float32.
 """
 import math
 
