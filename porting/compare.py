@@ -18,7 +18,7 @@ from parameters import read_safetensors
 
 FLOOR = 1e-3                       # of max |a|: what is smaller everywhere is compared absolutely
 TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}              # any other type: 0
-ROUNDING = 10                      # times what a change of every layer's output in its last bit does to a tensor, if that is more than its tolerance
+ROUNDING = 15                      # times what a change of every layer's output in its last bit does to a tensor, if that is more than its tolerance
 SHARPER = ((r"\.mlp\.fc2\.in$", 0.2),)                          # a factor where a usual mistake is smaller than the tolerance
 
 CAUSES = (  # what usually makes a tensor of that name differ when all before it are equal; the first pattern that fits counts
