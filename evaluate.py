@@ -3,6 +3,7 @@
     python evaluate.py                                   # harmon-tiny, 520 prompts at 16 steps, questions, reconstruction
     python evaluate.py --steps 4 8 16 32 64              # the paper's Table S2 in small
     python evaluate.py --judge                           # is the judge itself right? on rendered truth and on wrong pictures
+    python evaluate.py --ceiling --steps 8 16 32         # what a perfect model would reach: tokens of one step do not know of each other
     python evaluate.py --losses                          # head loss by the share of tokens that is masked, with and without the caption
 
 The judge is exact pixel analysis (color, connected components, outline); no model is involved. "seen" prompts name combinations of color and
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 import shapes
 from diffusion_head import SOLVERS
-from harmon import GENERATE, UNCONDITIONAL, Harmon
+from harmon import GENERATE, UNCONDITIONAL, Harmon, masking_schedule
 from images import image_to_pixels
 
 CATEGORIES = ("one object", "two objects", "counting", "colors", "position", "attribution")
@@ -157,6 +158,52 @@ def spoiled(scene, category):
         yield shapes.Scene(scene.kind, (shapes.Thing(a.color, a.shape, b.x, b.y, a.size, a.rgb), shapes.Thing(b.color, b.shape, a.x, a.y, b.size, b.rgb)), scene.background)
 
 
+# ---- the ceiling -----------------------------------------------------------------------------------------------------
+
+def allowed(scene, category, count, rng):
+    """`count` scenes of the world that the category's caption of `scene` allows; with one shade a color and one background."""
+    drawn = []
+    while len(drawn) < count:
+        spots = shapes.place(scene.kind, len(scene.things), rng)
+        names = [(t.color, t.shape) for t in scene.things]
+        if "color" not in STYLE[category]:
+            colors = rng.sample(shapes.COLORS, len(names))
+            names = [(c, s) for c, (_, s) in zip(colors, names)]
+        things = tuple(shapes.Thing(c, s, *spot, shapes.shade(c, random.Random(0))) for (c, s), spot in zip(names, spots))
+        if category != "position" or shapes.relation(*things) == shapes.relation(*scene.things):
+            drawn.append(shapes.Scene(scene.kind, things, ((220,) * 3,) * 2))
+    return drawn
+
+
+def perfect_picture(patches, num_iter, rng):
+    """Masked generation by one who knows the world: patches (n, N, …) of n equally likely pictures -> one picture's (N, …).
+
+    Each token is drawn from its exact distribution given all that is visible, but independently of the others of its step, as MAR does.
+    """
+    n, N = patches.shape[:2]
+    same = np.array([[hash(patch.tobytes()) for patch in picture] for picture in patches])         # (n, N)
+    order, agree, chosen = rng.permutation(N), np.zeros(n, dtype=int), np.zeros(N, dtype=int)
+    masked = masking_schedule(N, num_iter)
+    for m, m_next in zip(masked, masked[1:]):
+        new = order[N - m:N - m_next]
+        chosen[new] = rng.choice(np.flatnonzero(agree == agree.max()), len(new))                   # pictures that fit what is visible, or nearly
+        agree += (same[:, new] == same[chosen[new], new]).sum(1)
+    return patches[chosen, np.arange(N)]
+
+
+def ceiling(num_iter, count=20, candidates=200, stride=8):
+    """{category: share correct} of a perfect model with num_iter steps, as tokens of one step are drawn independently."""
+    verdicts, side = {}, shapes.SIZE // stride
+    for i, (category, scene, _) in enumerate(tqdm(prompts(count, False), desc=f"perfect, {num_iter} steps", disable=None, leave=False)):
+        drawn = allowed(scene, category, candidates, random.Random(i))
+        pictures = {s: np.asarray(shapes.render(s, 2)) for s in set(drawn)}
+        pixels = np.stack([pictures[s] for s in drawn]).reshape(-1, side, stride, side, stride, 3).swapaxes(2, 3)
+        made = perfect_picture(pixels.reshape(len(drawn), side * side, stride, stride, 3), num_iter, np.random.default_rng(i))
+        image = made.reshape(side, side, stride, stride, 3).swapaxes(1, 2).reshape(shapes.SIZE, shapes.SIZE, 3)
+        verdicts.setdefault(category, []).append(correct(Image.fromarray(image), scene, category))
+    return {c: sum(v) / len(v) for c, v in verdicts.items()}
+
+
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 def generation_scores(model, split, count, seed, batch, sheet=None, **sampling):
@@ -258,11 +305,17 @@ def main():
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--out", type=Path, help="write a contact sheet of each split and scores.json there")
     parser.add_argument("--judge", action="store_true", help="validate the judge instead")
+    parser.add_argument("--ceiling", action="store_true", help="print what a perfect model would reach instead")
     parser.add_argument("--losses", action="store_true", help="print head losses by masking ratio instead")
     args = parser.parse_args()
     if args.judge:
         right, rejected, n, m = judge_the_judge()
         print(f"rendered truth accepted: {right:.4f} of {n}; wrong pictures rejected: {rejected:.4f} of {m}")
+        return
+    if args.ceiling:
+        print(f"| K, split | {' | '.join(CATEGORIES)} | overall | time |\n|---|{'---|' * (len(CATEGORIES) + 2)}")
+        for steps in args.steps:
+            print(row(f"{steps}, perfect", ceiling(steps, args.prompts)))
         return
     try:
         model = Harmon.from_pretrained(args.model)
