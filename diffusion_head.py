@@ -37,8 +37,8 @@ class ResBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
-    def forward(self, x, y):                                                    # (M, W), (M, W)
-        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=1)
+    def forward(self, x, modulation):                                           # (M, W), (M, 3W)
+        shift, scale, gate = modulation.chunk(3, dim=1)
         return x + gate * self.mlp((1 + scale) * self.in_ln(x) + shift)
 
 
@@ -48,8 +48,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, out_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x, y):
-        shift, scale = self.adaLN_modulation(y).chunk(2, dim=1)
+    def forward(self, x, modulation):                                           # (M, W), (M, 2W)
+        shift, scale = modulation.chunk(2, dim=1)
         return self.linear((1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift)
 
 
@@ -65,14 +65,20 @@ class SimpleMLPAdaLN(nn.Module):
         self.final_layer = FinalLayer(width, 2 * token_dim)
 
     def forward(self, x, t, z):
-        return self.denoise(x, self.time_embed(t) + self.cond_embed(z))
+        return self.denoise(x, self.modulations(self.time_embed(t) + self.cond_embed(z)))
 
-    def denoise(self, x, y):
-        """The same with the embeddings already summed: y (M, W) = time + condition. The sampler computes each of them once."""
+    def modulations(self, y):
+        """y (…, W) = time + condition -> shift, scale and gate of each block (…, 3W), shift and scale of the final layer (…, 2W).
+
+        They do not depend on x, so the sampler computes them for many diffusion steps at once: 60% of the arithmetic, in large products.
+        """
+        return [layer.adaLN_modulation(y) for layer in (*self.res_blocks, self.final_layer)]
+
+    def denoise(self, x, modulations):
         x = self.input_proj(x.to(self.input_proj.weight.dtype))                 # (M, W)
-        for block in self.res_blocks:
-            x = block(x, y)
-        return self.final_layer(x, y)                                           # (M, 2C)
+        for block, modulation in zip(self.res_blocks, modulations):
+            x = block(x, modulation)
+        return self.final_layer(x, modulations[-1])                             # (M, 2C)
 
 
 # ---- the diffusion process -------------------------------------------------------------------------------------------
@@ -139,6 +145,8 @@ class DiffusionHead(nn.Module):
     small or little-trained models from exploding near t = 1000, where an error in ε is multiplied by up to 20,000; None for
     official models.
     """
+
+    rows_at_once = 1024                                                         # of modulations, in sampling
 
     def __init__(self, token_dim, cond_dim, depth, width, sampling_steps=100, x0_clip=None):
         super().__init__()
@@ -208,13 +216,17 @@ class DiffusionHead(nn.Module):
     def solve(self, z, noise, time, cfg, temperature, solver, constants):
         """`sample` with all noise (draws, M, C) and time embeddings (S, W) at hand. It touches nothing but the device, so that fast.py can capture it;
         there cfg and temperature are 0-dim tensors."""
-        M = noise.shape[1]
+        M, guided = noise.shape[1], z.shape[0] != noise.shape[1]
         cond = self.net.cond_embed(z)                                           # (M or 2M, W)
+        together, at = max(1, self.rows_at_once // len(z)), {}                  # steps whose modulations are computed at once
 
         def predict(x, i):
-            """x_0 and the variance mix, from x_t at step i."""
-            guided = z.shape[0] != M
-            eps, v = self.net.denoise(torch.cat([x, x]) if guided else x, time[i] + cond).float().chunk(2, dim=1)
+            """x_0 and the variance mix, from x_t at step i. i goes down."""
+            if i not in at:
+                steps = range(max(0, i + 1 - together), i + 1)
+                at.clear()
+                at.update(zip(steps, zip(*self.net.modulations(time[steps.start:steps.stop, None] + cond))))
+            eps, v = self.net.denoise(torch.cat([x, x]) if guided else x, at[i]).float().chunk(2, dim=1)
             eps = guide(eps, cfg) if guided else eps
             x0 = constants[i]["x0_from_xt"] * x - constants[i]["x0_from_eps"] * eps
             return (x0 if self.x0_clip is None else x0.clamp(-self.x0_clip, self.x0_clip)), v[:M]   # the variance is the conditional row's

@@ -321,6 +321,14 @@ def wrap_sampler(record, stack, head):
             return out
         return wrapper
 
+    def modulations(method):
+        def wrapper(y):
+            if inspect.currentframe().f_back.f_code.co_name != "predict":
+                return method(y)                                                # training
+            with record.at(f"t{head.sampling_process.timesteps.tolist()[-1 - state.step]}"), record.silence(state.step > 0):
+                return [m[None] for m in method(y[0])]                          # of one step, see rows_at_once
+        return wrapper
+
     def denoise(method):
         def wrapper(x, y):
             caller = inspect.currentframe().f_back
@@ -360,6 +368,8 @@ def wrap_sampler(record, stack, head):
         return wrapper
 
     stack.enter_context(replaced(head, "sample", sample))
+    stack.enter_context(replaced(head, "rows_at_once", lambda _: 1))            # one step after the other, as a port would begin
+    stack.enter_context(replaced(head.net, "modulations", modulations))
     stack.enter_context(replaced(head.net, "denoise", denoise))
     stack.enter_context(replaced(diffusion_head, "guide", guide))
     stack.enter_context(replaced(diffusion_head, "mix", mix))

@@ -148,7 +148,8 @@ def test_only_what_is_sampled_is_ill_conditioned(content):
     moved = {e["name"]: e["rounding"] for e in index["tensors"] if "rounding" in e}
     assert len(moved) > 500 and moved["resize/mar.encoder_pos_embed_learned"] == 0
     assert 1e-8 < moved["understand/z_enc"] < 1e-5 and moved["generate/step1/t999/eps"] < 1e-5
-    assert all(compare.ROUNDING * far < 2 * compare.TOLERANCE["float32"] for name, far in moved.items() if "/t" not in name), "only sampling is ill-conditioned"
+    before = {name: far for name, far in moved.items() if not re.search(r"/t\d|^generate/(?!prompt|step1/)|/drawn$", name)}
+    assert len(before) > 400 and max(before.values()) < 2e-5, "only what is sampled, and what is computed from that, is ill-conditioned"
 
 
 def interleaved(x, cos, sin):
