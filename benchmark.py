@@ -71,15 +71,22 @@ class Components:
     """Times and counts the parts of a model while it runs, by wrapping the functions that its passes call."""
 
     def __init__(self, model):
-        self.device, self.seconds, self.flops, self.passes, self.counting = model.device, {}, {}, {}, False
+        self.device, self.seconds, self.flops, self.read, self.counting = model.device, {}, {}, {}, False
         mar, size = model.mar, lambda *modules: sum(p.numel() * p.element_size() for m in modules for p in m.parameters())  # noqa: E731
         self.places = {"encoder": (mar, "encode"), "LLM": (model.llm, "forward"), "decoder": (mar, "decode"), "head": (mar.diffloss, "sample"), "VAE decoder": (model.vae, "decode")}
-        self.weight = {"encoder": size(mar.encoder_blocks), "LLM": size(model.llm.model.layers), "decoder": size(mar.decoder_blocks),
-                       "head": size(mar.diffloss) * mar.config.diffusion_steps, "VAE decoder": size(model.vae.decoder)}   # bytes read in one call
+        net, S = mar.diffloss.net, mar.config.diffusion_steps
+        modulating = size(*(layer.adaLN_modulation for layer in (*net.res_blocks, net.final_layer)))
+        looping = size(net.input_proj, net.res_blocks, net.final_layer) - modulating
+
+        def head(z, **_):   # the modulations of some steps are computed at once, see DiffusionHead.solve
+            return size(net) + (S - 1) * looping + (math.ceil(S / max(1, mar.diffloss.rows_at_once // len(z))) - 1) * modulating
+
+        self.weight = {"encoder": lambda *_: size(mar.encoder_blocks), "LLM": lambda *_: size(model.llm.model.layers), "decoder": lambda *_: size(mar.decoder_blocks),
+                       "head": head, "VAE decoder": lambda *_: size(model.vae.decoder)}                # bytes of weights read in one call
 
     @contextmanager
     def watching(self, counting):
-        self.counting, self.seconds, self.passes = counting, dict.fromkeys(self.places, 0.0), dict.fromkeys(self.places, 0)
+        self.counting, self.seconds, self.read = counting, dict.fromkeys(self.places, 0.0), dict.fromkeys(self.places, 0)
         self.flops = dict.fromkeys(self.places, 0) if counting else self.flops
         for name, (owner, function) in self.places.items():
             setattr(owner, function, self.wrapped(name, getattr(owner, function)))
@@ -100,7 +107,7 @@ class Components:
                 result.append(function(*args, **kwargs))
             synchronize(self.device)
             self.seconds[name] += time.perf_counter() - began
-            self.passes[name] += 1
+            self.read[name] += self.weight[name](*args)
             return result[0]
         return run
 
@@ -139,7 +146,7 @@ def drawing(model, args):
             run()
             synchronize(model.device)
             times.append({"whole": time.perf_counter() - began} | parts.seconds)
-    rows = [{"what": f"  {k}", "flops": parts.flops[k], "bytes": parts.passes[k] * parts.weight[k]} for k in parts.places]
+    rows = [{"what": f"  {k}", "flops": parts.flops[k], "bytes": parts.read[k]} for k in parts.places]
     rows = [{"what": "text to image", **{k: sum(row[k] for row in rows) for k in ("flops", "bytes")}}] + rows
     if not times:
         return rows
