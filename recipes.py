@@ -39,6 +39,7 @@ class Recipe:
     free_nats: float = 1.3        # of each of the VAE's channels, not charged: or it packs all it knows into two of them, in codes too fine to generate
     local: float = 0.05           # of the VAE's loss: the same pixels, the same code
     image_gradient: float = 0.1   # scale of the gradient into the embeddings of images that are only looked at
+    all_hidden: float = 0.0       # part of the micro-batches of pictures with every token hidden: before the first is there, the caption decides alone
     cosine_mask: bool = False     # masking ratios as the sampler meets them, cos(π/2 · u), instead of the paper's [0.7, 1]
 
 
@@ -57,8 +58,8 @@ RECIPES = {
     "tiny-vae": replace(TINY, ratio={"reconstruct": 1}, lr={"vae": 1e-3}, steps=2300, batch=16, micro_batch=16, after="tiny-llm", compile=True),
     "tiny-mar": replace(TINY, ratio={"mar": 1}, lr={"mar-decoder": 1e-3, "mar-encoder": 1e-3}, steps=1500, after="tiny-vae"),
     "tiny-align": replace(TINY, ratio={"text2image": 2, "image2text": 1}, lr={"mar-decoder": 7e-4, "mar-encoder": 7e-4}, steps=200, batch=48, micro_batch=16, after="tiny-mar"),
-    "tiny-joint": replace(TINY, ratio={"text2image": 10, "image2text": 2, "text": 1}, lr=ALL_TINY, steps=6500, batch=48, micro_batch=24, after="tiny-align", warmup=0.02,
-                          image_gradient=0.3),
+    "tiny-joint": replace(TINY, ratio={"text2image": 10, "image2text": 2, "text": 4}, lr=ALL_TINY, steps=7600, batch=48, micro_batch=24, after="tiny-align", warmup=0.02,
+                          image_gradient=0.3, all_hidden=0.25),
 }
 CHAINS = {"tiny": ("tiny-llm", "tiny-vae", "tiny-mar", "tiny-align", "tiny-joint")}
 

@@ -58,7 +58,8 @@ class Losses(nn.Module):
             return model.image2text_loss(**{"pixels": None} | batch)
         latents = batch["latents"] if "latents" in batch else self.encode(batch["pixels"])
         B, h, w, C = latents.shape
-        mask = model.draw_mask(B, h * w, math.cos(math.pi / 2 * torch.rand(()).item()) if self.recipe.cosine_mask else None)
+        ratio = 1.0 if torch.rand(()) < self.recipe.all_hidden else math.cos(math.pi / 2 * torch.rand(()).item()) if self.recipe.cosine_mask else None
+        mask = model.draw_mask(B, h * w, ratio)
         if task != "mar":
             return model.text2image_loss(None, batch["input_ids"], batch["attention_mask"], latents=latents, mask=mask)
         mar, mul = model.mar, model.mar.config.diffusion_batch_mul   # by itself, as MAR's authors train it: the buffers tell the class
