@@ -3,7 +3,7 @@
 It mirrors the six categories of GenEval (2310.11513) in 64×64 pixels: one object, two objects, counting, colors, position and
 color attribution. Things vary in shade, size and place, but there are few layouts: one thing is large, two share the picture along one axis,
 three and four keep to its quarters. For tokens that are sampled in one step do not know of each other, and may draw halves of two layouts: where things
-of 22 to 38 pixels lie anywhere, a perfect model would draw three pictures of four right in 16 steps; here it draws 96% (`python evaluate.py --ceiling`).
+of 22 to 38 pixels lie anywhere, a perfect model would draw 78% of the pictures right in 16 steps; here it draws 93% (`python evaluate.py --ceiling`).
 Boxes lie on a lattice of 8 pixels, the stride of harmon-tiny's VAE, so that a token shows one of few patterns.
 Everything is a pure function of (seed, index), so a data set needs no files. The combinations of color and shape in HELD_OUT never occur
 in training (`held_out=False`), neither in pictures nor in words; they measure composition.
