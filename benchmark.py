@@ -27,6 +27,7 @@ from tqdm import tqdm
 import weights
 from fast import MODES, accelerate, uncaptured
 from harmon import GENERATE, IMAGE_TOKEN_ID, UNCONDITIONAL, Harmon
+from monitor import peak_memory
 from pretrained import HarmonConfig
 
 SIZES = ("harmon-0.5b", "harmon-1.5b")
@@ -275,6 +276,9 @@ def main():
                 rows.append(row)
                 print(f"| {row['what']} | {seconds:.4g} | {flops / 1e9:.4g} | {flops / seconds / product:.0%} | {row['floor']:.4g} | "
                       f"{seconds / row['floor'] if row['floor'] else float('nan'):.2f} | {read / 1e9:.4g} | {read / reading:.4g} |".replace("nan%", "").replace("nan", ""), flush=True)
+        if not args.count:
+            about |= {"GB of weights": round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9, 2), "peak GB": round(peak_memory(args.device) / 1e9, 2)}
+            print(f"\npeak memory {about['peak GB']} GB, of which {about['GB of weights']} GB are weights")
         if args.out:
             with weights.replacing(args.out) as temporary:
                 Path(temporary).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")

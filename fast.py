@@ -40,13 +40,16 @@ def accelerate(model, mode):
 # ---- packed weights --------------------------------------------------------------------------------------------------
 
 def pack(model):
-    """Give every bfloat16 linear layer on the CPU its weight in the layout of the matrix instructions as well, and a forward that uses it. No gradients."""
+    """Put the weight of every bfloat16 linear layer on the CPU into the layout of the matrix instructions, with a forward that takes it so. No gradients."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
         return
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.bfloat16 and layer.weight.device.type == "cpu":
             rows = 64                                                           # a hint only: the layout serves from 1 to many
-            layer.forward = partial(packed_linear, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows), layer.bias)
+            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+            layer.forward = partial(packed_linear, weight, layer.bias)
+            if layer.weight is not model.llm.model.embed_tokens.weight:         # which is read row by row too
+                layer.weight = nn.Parameter(weight, requires_grad=False)        # in place of the plain one: no weight lies in memory twice
 
 
 def packed_linear(weight, bias, x):

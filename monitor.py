@@ -19,6 +19,13 @@ PROMPTS = ("a red circle", "three blue stars", "a green square to the left of a 
 QUESTION = "Describe the image."
 
 
+def peak_memory(device):
+    """Bytes: what torch has had on a CUDA device at most, or the largest resident set of this process, mapped files included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class Monitor:
     """Collects what each micro-batch and step gives; every `every` steps rank 0 writes a line, averaged over all processes."""
 
@@ -62,9 +69,8 @@ class Monitor:
         means = {task: round(float(total / count), 6) for task, (total, count) in zip(self.tasks, totals.view(-1, 2)) if count}
         if self.rank == 0:
             seconds = time.time() - self.since
-            peak = torch.cuda.max_memory_allocated() if norm.is_cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             line = {"step": step, "loss": means, "lr": float(f"{lr:.4g}"), "norm": round(float(norm), 4), "samples_per_s": round(self.ranks * self.samples_seen / seconds, 2),
-                    "tokens_per_s": round(self.ranks * self.tokens_seen / seconds), "wait": round(self.waited / seconds, 3), "memory": round(peak / 1e9, 2),
+                    "tokens_per_s": round(self.ranks * self.tokens_seen / seconds), "wait": round(self.waited / seconds, 3), "memory": round(peak_memory(norm.device) / 1e9, 2),
                     "skipped": self.skipped, "unusable": unusable, "seconds": round(time.time() - self.began, 1)}
             self.log.write(json.dumps(line) + "\n")
             self.log.flush()

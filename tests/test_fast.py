@@ -45,7 +45,7 @@ def test_answers_are_the_same(pair):
         assert list(fast.llm.generate(embeds, max_new_tokens=count, eos_token_id=stop)) == expected[:expected.index(stop)]
 
 
-def test_packed_weights_change_nothing(small):
+def test_packed_weights_change_nothing(small, tmp_path):
     plain = copy.deepcopy(small).bfloat16()
     fast = accelerate(copy.deepcopy(plain), "auto")
     assert "forward" in vars(fast.llm.lm_head), "auto packs bfloat16 on the CPU"
@@ -58,6 +58,10 @@ def test_packed_weights_change_nothing(small):
     assert list(fast.llm.generate(prompt, max_new_tokens=8)) == list(plain.llm.generate(prompt, max_new_tokens=8))
     a, b = (model.generate_image("a red circle", seed=3, num_iter=2)[0] for model in (plain, fast))
     assert sum(abs(p - q) for p, q in zip(a.tobytes(), b.tobytes())) / len(a.tobytes()) < 4   # grey levels; bfloat16 sums in another order
+    assert fast.proj_in[0].weight.is_mkldnn, "packed in place: not twice in memory"
+    for folder, model in (("plain", plain), ("fast", fast)):
+        model.save_pretrained(tmp_path / folder)
+    assert (tmp_path / "plain/model.safetensors").read_bytes() == (tmp_path / "fast/model.safetensors").read_bytes()
 
 
 def test_compiled_gives_the_same(small):
