@@ -6,7 +6,8 @@
     python ablate.py reca --steps 400 --seeds 0 1         # reconstruction alignment against as many steps of plain fine-tuning
     python ablate.py tasks --table                        # the table and the plot from what has been run so far
 
-All arms of an experiment take the same number of steps of the same batch from the same weights on the same scenes; seeds change the order and the draws.
+All arms of an experiment take the same number of steps of the same batch from the same weights on the same scenes, but for those named half; seeds change
+the order and the draws.
 Finished arms are kept in runs/ablate and not run again. Results: docs/ablate-<experiment>.json, .md and .png (needs matplotlib).
 """
 import argparse
@@ -14,6 +15,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from math import gcd
 from pathlib import Path
 from statistics import mean
 
@@ -22,16 +24,17 @@ import train
 import weights
 from recipes import ALL_TINY, RECIPES
 
-BOTH = RECIPES["tiny-joint"].ratio
 FINER = {"lr": {part: lr / 5 for part, lr in ALL_TINY.items()}, "ratio": {"text2image": 16, "image2text": 3, "text": 1}}   # in the manner of stage III
 GENTLE = {part: lr / 5 for part, lr in ALL_TINY.items()}
 
 # experiment -> (the run that every arm starts from, {arm: [(recipe, share of the steps, what is changed in it), …]})
 EXPERIMENTS = {
     "tasks": ("tiny-mar", {
-        "joint": [("tiny-joint", 1, {})],
+        "joint": [("tiny-joint", 1, {"ratio": {"text2image": 1, "image2text": 1}})],
         "generation alone": [("tiny-joint", 1, {"ratio": {"text2image": 1}})],
+        "generation alone, half the steps": [("tiny-joint", 0.5, {"ratio": {"text2image": 1}})],         # as many pictures to draw as the joint arm has
         "understanding alone": [("tiny-joint", 1, {"ratio": {"image2text": 1}})],
+        "understanding alone, half the steps": [("tiny-joint", 0.5, {"ratio": {"image2text": 1}})],
     }),
     "stages": ("tiny-mar", {
         "I, II, III": [("tiny-align", 0.2, {}), ("tiny-joint", 0.6, {}), ("tiny-joint", 0.2, FINER)],
@@ -45,15 +48,17 @@ EXPERIMENTS = {
         "reca": [("tiny-joint", 1, {"lr": GENTLE, "ratio": {"reca": 1, "image2text": 1}})],
     }),
 }
-COLUMNS = ("generation, seen", "generation, held-out", "questions, seen", "questions, held-out")
+LOSS = "drawing loss"          # of the head, on fresh scenes with their captions, mean over the shares of hidden tokens in HIDDEN: moves long before a picture is right
+HIDDEN = (1.0, 0.9, 0.6, 0.3, 0.1)
+COLUMNS = (LOSS, "generation, seen", "generation, held-out", "questions, seen", "questions, held-out")
 
 
-def run_arm(experiment, arm, seed, steps, runs, prompts, questions):
+def run_arm(experiment, arm, seed, steps, batch, runs, prompts, questions):
     """Train one arm with one seed and evaluate it -> a dictionary of scores."""
     start, arms = EXPERIMENTS[experiment]
-    folder, before, began = runs / "ablate" / experiment / f"{arm.replace(' ', '-').replace(',', '')}-{seed}", runs / start, time.time()
+    folder, before, began = runs / "ablate" / experiment / f"{arm.replace(' ', '-').replace(',', '')}-{seed}-{steps}x{batch}", runs / start, time.time()
     for i, (name, share, changes) in enumerate(arms[arm]):
-        recipe = replace(RECIPES[name], seed=seed, steps=max(1, round(share * steps)), after=str(before.resolve()), **changes)
+        recipe = replace(RECIPES[name], seed=seed, steps=max(1, round(share * steps)), batch=batch, micro_batch=gcd(batch, RECIPES[name].micro_batch), after=str(before.resolve()), **changes)
         mixture = folder / f"mixture-{i}.json"
         with weights.replacing(mixture) as temporary:
             Path(temporary).write_text(json.dumps([{"path": "shapes-text" if task == "text" else "shapes", "task": task, "seed": "train-0", "count": recipe.scenes}
@@ -66,7 +71,8 @@ def run_arm(experiment, arm, seed, steps, runs, prompts, questions):
     trained = time.time() - began
     model = train.model_of(found[1]).eval()
     model.tokenizer = train.load_tokenizer(runs / "tokenizer.json")
-    scores = {"arm": arm, "seed": seed, "steps": steps, "training_seconds": round(trained)}
+    scores = {"arm": arm, "seed": seed, "steps": steps, "batch": batch, "training_seconds": round(trained)}
+    scores[LOSS] = round(mean(loss for _, loss, _ in evaluate.masked_losses(model, HIDDEN, 100)), 4)
     for split, count in (("seen", prompts), ("held-out", prompts * 2 // 3)):
         shares, _ = evaluate.generation_scores(model, split, count, 1000 * seed, 40, num_iter=16, cfg=3.0)
         scores[f"generation, {split}"] = round(mean(shares.values()), 4)
@@ -76,7 +82,9 @@ def run_arm(experiment, arm, seed, steps, runs, prompts, questions):
 
 def table(results):
     """Markdown: mean over seeds, and the range where there are several."""
-    lines = ["| | seeds | " + " | ".join(COLUMNS) + " | training |", "|---|---|" + "---|" * (len(COLUMNS) + 1)]
+    first = results[0]
+    lines = [f"{first['steps']} steps of {first['batch']} samples an arm, {first['prompts']} prompts a category (two thirds as many held-out), {first['scenes asked about']} scenes asked about", "",
+             "| | seeds | " + " | ".join(COLUMNS) + " | training |", "|---|---|" + "---|" * (len(COLUMNS) + 1)]
     for arm in dict.fromkeys(r["arm"] for r in results):
         rows = [r for r in results if r["arm"] == arm]
         cells = []
@@ -100,7 +108,7 @@ def plot(results, path):
             values = [r[column] for r in results if r["arm"] == arm]
             axis.barh(y, mean(values), color="#9ec5e8")
             axis.plot(values, [y] * len(values), "k.", markersize=5)          # one dot a seed
-        axis.set(title=column, xlim=(0, 1))
+        axis.set(title=f"{column} (lower is better)" if column == LOSS else column, xlim=(0, None if column == LOSS else 1))
     axes[0].set_yticks(range(len(arms)), arms)
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=120)
@@ -111,6 +119,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--steps", type=int, default=2000, help="of an arm in all")
+    parser.add_argument("--batch", type=int, default=48, help="of every arm")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--prompts", type=int, default=30, help="a category; two thirds as many for each held-out category")
     parser.add_argument("--questions", type=int, default=100, help="scenes that are asked about")
@@ -123,14 +132,15 @@ def main():
         results = json.loads(file.read_text()) if file.exists() else []
         for seed in [] if args.table else args.seeds:
             for arm in EXPERIMENTS[args.experiment][1]:
-                if any((r["arm"], r["seed"], r["steps"]) == (arm, seed, args.steps) for r in results):
+                if any((r["arm"], r["seed"], r["steps"], r["batch"]) == (arm, seed, args.steps, args.batch) for r in results):
                     continue
-                results.append(run_arm(args.experiment, arm, seed, args.steps, args.runs, args.prompts, args.questions))
+                results.append(run_arm(args.experiment, arm, seed, args.steps, args.batch, args.runs, args.prompts, args.questions))
                 print(json.dumps(results[-1]), flush=True)
                 with weights.replacing(file) as temporary:
                     Path(temporary).write_text(json.dumps(results, indent=1) + "\n")
+        results = [r for r in results if (r["steps"], r["batch"]) == (args.steps, args.batch)]
         if not results:
-            raise ValueError(f"{file}: nothing has been run yet")
+            raise ValueError(f"{file}: nothing has been run yet with {args.steps} steps of {args.batch} samples")
         file.with_suffix(".md").write_text(table(results))
         plot(results, file.with_suffix(".png"))
         print(table(results))
