@@ -14,7 +14,7 @@ QUESTIONS = ("What color are the stars?", "How many stars are there?", "Describe
 
 def main(per_prompt=4, scale=2, seed=0):
     model = Harmon.from_pretrained()
-    images = model.generate_image([p for p in PROMPTS for _ in range(per_prompt)], num_iter=16, cfg=5.0, temperature=0.8, seed=seed, progress=True)
+    images = model.generate_image([p for p in PROMPTS for _ in range(per_prompt)], num_iter=16, seed=seed, progress=True)
     side, gap = images[0].width * scale, 6
     cell = (per_prompt // 2 * (side + gap) + 18, 2 * (side + gap) + 30)
     sheet = Image.new("RGB", (3 * cell[0], 2 * cell[1]), "white")

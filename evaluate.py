@@ -239,7 +239,7 @@ def contact_sheet(pictures, per_category, columns=8, scale=2):
 
 
 def question_scores(model, count):
-    """{type: share answered exactly} over `count` scenes, half of them held-out combinations; and by half."""
+    """{type: share answered exactly} over `count` scenes, every second one with a held-out combination; and by half; and how many questions."""
     verdicts, halves = {}, {"seen": [], "held-out": []}
     for i in tqdm(range(count), desc="questions", disable=None, leave=False):
         held_out = i % 2 == 1
@@ -252,7 +252,7 @@ def question_scores(model, count):
             verdict = "".join(model.chat(question, image, max_new_tokens=24)).strip() == answer
             verdicts.setdefault(kind, []).append(verdict)
             halves["held-out" if held_out else "seen"].append(verdict)
-    return {k: sum(v) / len(v) for k, v in (verdicts | halves).items()}, sum(map(len, verdicts.values()))
+    return {k: sum(v) / len(v) for k, v in (verdicts | halves).items() if v}, sum(map(len, verdicts.values()))
 
 
 def rendered(scene):

@@ -28,7 +28,7 @@ NUMBERS = ("no", "one", "two", "three", "four")
 INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 SIDES = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
-DIAMETERS = {"single": (36, 44, 52), "pair": (24, 28), "count": (22, 26)}                          # pixels, by kind of scene
+DIAMETERS = {"single": (44, 52), "pair": (24, 28), "count": (22, 26)}                          # pixels, by kind of scene
 LATTICE = 8                                                                                        # pixels: where the box of one thing may begin
 
 
@@ -89,7 +89,7 @@ def place(kind, n, rng):
 def scene(seed, index, *, held_out=False, kind=None):
     """Scene number `index` of the set `seed` (any string or int). held_out=True puts a held-out combination into it."""
     rng = random.Random(f"{seed}/{index}/{held_out}")
-    kind = kind or rng.choices(("single", "pair", "count"), (25, 45, 30))[0]
+    kind = kind or rng.choices(("single", "pair", "count"), (35, 40, 25))[0]
     first = rng.choice(sorted(HELD_OUT) if held_out else SEEN)
     if kind == "pair":
         combinations = SEEN + (tuple(sorted(HELD_OUT)) if held_out else ())
@@ -161,7 +161,7 @@ def label(scene):
 
 def caption(scene, rng, *, style=None):
     """A caption that is true of the scene. style: None for any, or "plain" (no color) / "color" / "position" / "color position"."""
-    style = style or rng.choice(("plain", "color", "color", "position", "color position", "color position"))
+    style = style or rng.choice(("plain", "color", "color", "color", "position", "color position", "color position"))
     colored = "color" in style
     n, first = len(scene.things), scene.things[0]
     if scene.kind == "pair":

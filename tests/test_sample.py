@@ -67,6 +67,7 @@ def test_bundled_model_sees():
 
     scores, asked = evaluate.question_scores(Harmon.from_pretrained(), 20)
     assert asked > 80 and scores["count"] >= 0.7 and scores["exists"] >= 0.6 and scores["color"] >= 0.4
+    assert "held-out" not in evaluate.question_scores(Harmon.from_pretrained(), 1)[0]                  # one scene is a seen one
     assert evaluate.reconstruction_psnr(Harmon.from_pretrained(), 40) >= 28
 
 
