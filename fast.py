@@ -50,6 +50,12 @@ def pack(model):
             layer.forward = partial(packed_linear, weight, layer.bias)
             if layer.weight is not model.llm.model.embed_tokens.weight:         # which is read row by row too
                 layer.weight = nn.Parameter(weight, requires_grad=False)        # in place of the plain one: no weight lies in memory twice
+                layer.register_state_dict_post_hook(unpacked)
+
+
+def unpacked(layer, state, prefix, _):
+    """A state_dict holds plain tensors: whoever saves or copies a packed model need not know that it is."""
+    state[prefix + "weight"] = state[prefix + "weight"].to_dense()
 
 
 def packed_linear(weight, bias, x):

@@ -349,7 +349,7 @@ class Harmon(nn.Module):
         state = self.state_dict()
         if self.config.llm.tie_word_embeddings:
             del state["llm.lm_head.weight"]
-        weights.write(folder / "model.safetensors", {k: (v.to_dense() if v.is_mkldnn else v).to(dtype=dtype) for k, v in state.items()})
+        weights.write(folder / "model.safetensors", {k: v.to(dtype=dtype) for k, v in state.items()})
         with weights.replacing(folder / "config.json") as temporary:
             Path(temporary).write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
         if self.tokenizer is not None:

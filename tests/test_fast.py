@@ -59,6 +59,9 @@ def test_packed_weights_change_nothing(small, tmp_path):
     a, b = (model.generate_image("a red circle", seed=3, num_iter=2)[0] for model in (plain, fast))
     assert sum(abs(p - q) for p, q in zip(a.tobytes(), b.tobytes())) / len(a.tobytes()) < 4   # grey levels; bfloat16 sums in another order
     assert fast.proj_in[0].weight.is_mkldnn, "packed in place: not twice in memory"
+    copied = copy.deepcopy(plain)
+    assert all(x.layout == torch.strided for x in fast.state_dict().values()) and copied.load_state_dict(fast.state_dict()).missing_keys == []
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), copied.parameters()))
     for folder, model in (("plain", plain), ("fast", fast)):
         model.save_pretrained(tmp_path / folder)
     assert (tmp_path / "plain/model.safetensors").read_bytes() == (tmp_path / "fast/model.safetensors").read_bytes()
