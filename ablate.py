@@ -143,7 +143,9 @@ def main():
         results = [r for r in results if (r["steps"], r["batch"]) == (args.steps, args.batch)]
         if not results:
             raise ValueError(f"{file}: nothing has been run yet with {args.steps} steps of {args.batch} samples")
-        command = f"python ablate.py {args.experiment} --steps {args.steps} --batch {args.batch} --seeds {' '.join(str(s) for s in dict.fromkeys(r['seed'] for r in results))}"
+        seeds = " ".join(str(seed) for seed in dict.fromkeys(r["seed"] for r in results))
+        command = (f"python ablate.py {args.experiment} --steps {args.steps} --batch {args.batch} --seeds {seeds} --prompts {results[0]['prompts']} "
+                   f"--questions {results[0]['scenes asked about']}")
         file.with_suffix(".md").write_text(f"# `{command}`\n\n{table(results)}\n{LEGEND}\n\n![The same as bars, one dot a seed]({file.stem}.png)\n")
         plot(results, file.with_suffix(".png"))
         print(table(results))
