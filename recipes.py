@@ -55,10 +55,10 @@ RECIPES = {
     "finetune": replace(PAPER, ratio={"text2image": 1}, lr={"mar-decoder": 2e-5, "mar-encoder": 2e-6, "llm": 2e-6}, size=512, batch=128, micro_batch=4, steps=2000, ema=0.999),
     "reca": replace(PAPER, ratio={"reca": 1, "image2text": 1}, lr={"mar-decoder": 1e-5, "mar-encoder": 1e-6, "llm": 1e-6}, size=512, batch=512, micro_batch=4, steps=3000, ema=0.999),
     "tiny-llm": replace(TINY, ratio={"text": 1}, lr={"llm": 1e-3}, steps=800),
-    "tiny-vae": replace(TINY, ratio={"reconstruct": 1}, lr={"vae": 1e-3}, steps=2300, batch=16, micro_batch=16, after="tiny-llm", compile=True),
+    "tiny-vae": replace(TINY, ratio={"reconstruct": 1}, lr={"vae": 1e-3}, steps=3300, batch=16, micro_batch=16, after="tiny-llm", compile=True),
     "tiny-mar": replace(TINY, ratio={"mar": 1}, lr={"mar-decoder": 1e-3, "mar-encoder": 1e-3}, steps=1500, after="tiny-vae"),
     "tiny-align": replace(TINY, ratio={"text2image": 2, "image2text": 1}, lr={"mar-decoder": 7e-4, "mar-encoder": 7e-4}, steps=200, batch=48, micro_batch=16, after="tiny-mar"),
-    "tiny-joint": replace(TINY, ratio={"text2image": 10, "image2text": 2, "text": 4}, lr=ALL_TINY, steps=12_000, batch=48, micro_batch=24, after="tiny-align", warmup=0.02,
+    "tiny-joint": replace(TINY, ratio={"text2image": 10, "image2text": 2, "text": 4}, lr=ALL_TINY, steps=18_000, batch=48, micro_batch=24, after="tiny-align", warmup=0.02,
                           image_gradient=0.3, all_hidden=0.25),
 }
 CHAINS = {"tiny": ("tiny-llm", "tiny-vae", "tiny-mar", "tiny-align", "tiny-joint")}

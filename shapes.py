@@ -6,7 +6,8 @@ three and four keep to its quarters. For tokens that are sampled in one step do 
 of 22 to 38 pixels lie anywhere, a perfect model would draw 78% of the pictures right in 16 steps; here it draws 93% (`python evaluate.py --ceiling`).
 Boxes lie on a lattice of 8 pixels, the stride of harmon-tiny's VAE, so that a token shows one of few patterns.
 Everything is a pure function of (seed, index), so a data set needs no files. The combinations of color and shape in HELD_OUT never occur
-in training (`held_out=False`), neither in pictures nor in words; they measure composition.
+in training (`training_scene`), neither in pictures nor in words; they measure composition. Three tenths of the training scenes have hues between the
+six colors, which words call mixed: one who has met six hues learns them as six patterns, apart for each shape; one who has met them all, as a color.
 
     python shapes.py        # draws a contact sheet of scenes with their captions to out/shapes.png
 """
@@ -30,6 +31,7 @@ PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above
 SIDES = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
 DIAMETERS = {"single": (44, 52), "pair": (24, 28), "count": (22, 26)}                          # pixels, by kind of scene
 LATTICE = 8                                                                                        # pixels: where the box of one thing may begin
+UNNAMED = 0.3                                                                                      # share of training scenes in hues between the six
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Scene:
     kind: str
     things: tuple
     background: tuple       # top and bottom rgb
+    named: bool = True      # False: hues anywhere between the six, nearest to those that `things` tell; words call them mixed
 
 
 # ---- scenes ----------------------------------------------------------------------------------------------------------
@@ -68,8 +71,10 @@ def outline(shape, x, y, size):
     return [(x + r * math.cos(t), y + r * math.sin(t)) for t in np.linspace(0, 2 * math.pi, 48, endpoint=False)]
 
 
-def shade(color, rng):
-    hue = (HUES[color] + rng.uniform(-4, 4)) / 360 % 1
+def shade(color, rng, named=True):
+    """An rgb within 4 degrees of the color's hue; named=False: of any hue that is nearer to this color's than to another's."""
+    before, after = (min((s * (HUES[c] - HUES[color])) % 360 for c in COLORS if c != color) / 2 - 1 for s in (-1, 1))
+    hue = (HUES[color] + (rng.uniform(-4, 4) if named else rng.uniform(-before, after))) / 360 % 1
     return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue, rng.uniform(.85, 1), rng.uniform(.75, 1)))
 
 
@@ -86,7 +91,7 @@ def place(kind, n, rng):
     return [spot + (rng.choice(DIAMETERS[kind]),) for spot in rng.sample(spots, n)]
 
 
-def scene(seed, index, *, held_out=False, kind=None):
+def scene(seed, index, *, held_out=False, kind=None, named=True):
     """Scene number `index` of the set `seed` (any string or int). held_out=True puts a held-out combination into it."""
     rng = random.Random(f"{seed}/{index}/{held_out}")
     kind = kind or rng.choices(("single", "pair", "count"), (35, 40, 25))[0]
@@ -97,12 +102,17 @@ def scene(seed, index, *, held_out=False, kind=None):
         rng.shuffle(kinds)
     else:
         kinds = [first] * (1 if kind == "single" else rng.choice((2, 3, 4)))
-    color_of = {c: shade(c, rng) for c, _ in kinds}
+    color_of = {c: shade(c, rng, named) for c, _ in kinds}
     things = tuple(Thing(c, s, *spot, color_of[c]) for (c, s), spot in zip(kinds, place(kind, len(kinds), rng)))
     grey, tint = rng.uniform(195, 245), [rng.uniform(-6, 6) for _ in range(3)]
     slope = rng.uniform(-15, 15)
     background = tuple(tuple(round(min(255, max(0, grey + t + d))) for t in tint) for d in (-slope, slope))
-    return Scene(kind, things, background)
+    return Scene(kind, things, background, named)
+
+
+def training_scene(seed, index):
+    """Scene number `index` of a training set: seen combinations, and UNNAMED of them in any hue, as long as the nearest color makes a seen one."""
+    return scene(seed, index, named=random.Random(f"{seed}/{index}/named").random() >= UNNAMED)
 
 
 def render(scene, supersample=4):
@@ -145,9 +155,14 @@ def describe(scene):
     """The one full description of a scene, which also is the answer to "Describe the image."."""
     if scene.kind == "pair":
         a, b = reading_order(scene)
-        return f"a {name(a)} {PHRASES[relation(a, b)]} a {name(b)}"
-    n = len(scene.things)
-    return f"a {name(scene.things[0])}" if n == 1 else f"{NUMBERS[n]} {scene.things[0].color} {plural(scene.things[0].shape)}"
+        return f"a {name(a, scene.named)} {PHRASES[relation(a, b)]} a {name(b, scene.named)}"
+    return group(scene, scene.named)
+
+
+def group(scene, colored):
+    """What a scene of one thing or several alike shows."""
+    n, first = len(scene.things), scene.things[0]
+    return f"a {name(first, colored)}" if n == 1 else f"{NUMBERS[n]} {first.color + ' ' if colored else ''}{plural(first.shape)}"
 
 
 LABELS = len(COLORS) * len(SHAPES) * 5
@@ -162,8 +177,7 @@ def label(scene):
 def caption(scene, rng, *, style=None):
     """A caption that is true of the scene. style: None for any, or "plain" (no color) / "color" / "position" / "color position"."""
     style = style or rng.choice(("plain", "color", "color", "color", "position", "color position", "color position"))
-    colored = "color" in style
-    n, first = len(scene.things), scene.things[0]
+    colored = scene.named and "color" in style
     if scene.kind == "pair":
         a, b = rng.sample(scene.things, 2)
         r = relation(a, b)
@@ -172,15 +186,17 @@ def caption(scene, rng, *, style=None):
         else:
             form = "{a} and {b}"
         text = form.format(a=f"a {name(a, colored)}", b=f"a {name(b, colored)}", of=PHRASES[r], at=SIDES[r], other=SIDES[INVERSE[r]])
-    elif n == 1:
-        text = f"{rng.choice(('a', 'a', 'one'))} {name(first, colored)}"
     else:
-        text = f"{NUMBERS[n]} {first.color + ' ' if colored else ''}{plural(first.shape)}"
+        text = group(scene, colored)
+        if scene.kind == "single":
+            text = rng.choice(("a", "a", "one")) + text.removeprefix("a")
+    if not scene.named:
+        text += " in mixed colors" if scene.kind == "pair" else " in a mixed color"
     return rng.choice(("{}", "{}", "{}", "a picture of {}", "an image of {}", "a drawing of {}", f"there {'are' if scene.kind == 'count' else 'is'} {{}}")).format(text)
 
 
 def questions(scene, rng):
-    """All (type, question, answer) of a scene. Types: color, shape, count, where, exists, describe."""
+    """All (type, question, answer) of a scene. Types: color, shape, count, where, exists, describe; where colors have no names, shape, count and where."""
     qa = [("describe", "Describe the image.", describe(scene))]
     n, first = len(scene.things), scene.things[0]
     many = "s" if scene.kind == "count" else ""
@@ -201,7 +217,7 @@ def questions(scene, rng):
     no = rng.choice([c for c in SEEN if c not in real and (c[0] == yes[0] or c[1] == yes[1])])
     for (c, s), answer in ((yes, "yes"), (no, "no")):
         qa.append(("exists", f"Is there a {c} {s}?", answer))
-    return qa
+    return qa if scene.named else [q for q in qa if q[0] in ("count", "where") or q[0] == "shape" and not any(c in q[1] for c in COLORS)]
 
 
 FACTS = (
@@ -243,7 +259,8 @@ def reading_turns(scene, rng):
 
 def looking_turns(scene, rng):
     """Three to five questions about a picture; a fact now and then, so that not every answer is sought in the picture."""
-    turns = [(q, a) for _, q, a in rng.sample(questions(scene, rng), rng.choice((3, 4, 5)))]
+    asked = questions(scene, rng)
+    turns = [(q, a) for _, q, a in rng.sample(asked, min(len(asked), rng.choice((3, 4, 5))))]
     return turns + ([rng.choice(FACTS)] if rng.random() < 0.05 else [])
 
 
@@ -252,7 +269,7 @@ if __name__ == "__main__":
 
     sheet = Image.new("RGB", (8 * 200, 4 * 240), "white")
     for i in range(32):
-        s = scene("sheet", i)
+        s = training_scene("sheet", i)
         sheet.paste(render(s).resize((192, 192), Image.NEAREST), (i % 8 * 200, i // 8 * 240))
         ImageDraw.Draw(sheet).text((i % 8 * 200, i // 8 * 240 + 200), caption(s, random.Random(i)).replace(" a ", "\na ", 1), fill="black")
     Path("out").mkdir(exist_ok=True)

@@ -219,7 +219,7 @@ class Shapes:
         return self.count
 
     def __getitem__(self, i):
-        scene = shapes.scene(self.seed, i)
+        scene = shapes.training_scene(self.seed, i)
         return Sample(f"shapes {self.seed}/{i}", lambda: shapes.render(scene), lambda rng: shapes.caption(scene, rng), lambda rng: shapes.looking_turns(scene, rng),
                       shapes.label(scene))
 

@@ -1,3 +1,4 @@
+import colorsys
 import random
 
 import pytest
@@ -8,12 +9,12 @@ import shapes
 
 @pytest.fixture(scope="module")
 def scenes():
-    return [shapes.scene("train-0", i) for i in range(3000)]
+    return [shapes.training_scene("train-0", i) for i in range(3000)]
 
 
 def test_scenes_are_a_function_of_their_number(scenes):
-    assert shapes.scene("train-0", 7) == scenes[7] != shapes.scene("train-1", 7)
-    assert shapes.render(scenes[7]).tobytes() == shapes.render(shapes.scene("train-0", 7)).tobytes()
+    assert shapes.training_scene("train-0", 7) == scenes[7] != shapes.training_scene("train-1", 7)
+    assert shapes.render(scenes[7]).tobytes() == shapes.render(shapes.training_scene("train-0", 7)).tobytes()
     assert {s.kind for s in scenes} == {"single", "pair", "count"}
     assert {(t.color, t.shape) for s in scenes for t in s.things} == set(shapes.SEEN)
 
@@ -26,6 +27,22 @@ def test_held_out_combinations_never_occur_in_training(scenes):
             assert (color, shape) not in {(t.color, t.shape) for t in s.things}
             assert f"{color} {shape}" not in words
     assert len(shapes.HELD_OUT) == 6 and {c for c, _ in shapes.HELD_OUT} == set(shapes.COLORS) and {s for _, s in shapes.HELD_OUT} == set(shapes.SHAPES)
+
+
+def test_colors_without_a_name_are_not_named_and_never_make_a_held_out_combination(scenes):
+    unnamed, between = [s for s in scenes if not s.named], 0
+    assert 0.28 < len(unnamed) / len(scenes) < 0.32
+    for i, s in enumerate(unnamed):
+        rng = random.Random(i)
+        words = " ".join([shapes.caption(s, rng)] + [f"{q} {a}" for _, q, a in shapes.questions(s, rng)])
+        assert "mixed color" in words and not any(color in words for color in shapes.COLORS)
+        for t in s.things:
+            hue = 360 * colorsys.rgb_to_hsv(*t.rgb)[0]
+            distance = {color: abs((hue - h + 180) % 360 - 180) for color, h in shapes.HUES.items()}
+            nearest = min(distance, key=distance.get)
+            assert nearest == t.color and (nearest, t.shape) not in shapes.HELD_OUT                       # as the judge would call it
+            between += distance[nearest] > 6
+    assert between > len(unnamed)                                                                         # of some 1.8 things a scene
 
 
 def test_held_out_scenes_hold_one():
