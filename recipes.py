@@ -58,10 +58,12 @@ RECIPES = {
     "tiny-vae": replace(TINY, ratio={"reconstruct": 1}, lr={"vae": 1e-3}, steps=3300, batch=16, micro_batch=16, after="tiny-llm", compile=True),
     "tiny-mar": replace(TINY, ratio={"mar": 1}, lr={"mar-decoder": 1e-3, "mar-encoder": 1e-3}, steps=1500, after="tiny-vae"),
     "tiny-align": replace(TINY, ratio={"text2image": 2, "image2text": 1}, lr={"mar-decoder": 7e-4, "mar-encoder": 7e-4}, steps=200, batch=48, micro_batch=16, after="tiny-mar"),
-    "tiny-joint": replace(TINY, ratio={"text2image": 10, "image2text": 2, "text": 4}, lr=ALL_TINY, steps=18_000, batch=48, micro_batch=24, after="tiny-align", warmup=0.02,
+    "tiny-joint": replace(TINY, ratio={"text2image": 10, "image2text": 2, "text": 4}, lr=ALL_TINY, steps=25_000, batch=48, micro_batch=24, after="tiny-align", warmup=0.02,
                           image_gradient=0.3, all_hidden=0.25),
+    "tiny-reca": replace(TINY, ratio={"reca": 2, "image2text": 1}, lr={part: 2e-4 for part in ALL_TINY}, steps=800, batch=48, micro_batch=24, after="tiny-joint", warmup=0.02,
+                         image_gradient=0.3, all_hidden=0.2),
 }
-CHAINS = {"tiny": ("tiny-llm", "tiny-vae", "tiny-mar", "tiny-align", "tiny-joint")}
+CHAINS = {"tiny": ("tiny-llm", "tiny-vae", "tiny-mar", "tiny-align", "tiny-joint", "tiny-reca")}
 
 
 def accumulation(recipe, ranks):

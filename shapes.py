@@ -7,7 +7,8 @@ of 22 to 38 pixels lie anywhere, a perfect model would draw 78% of the pictures 
 Boxes lie on a lattice of 8 pixels, the stride of harmon-tiny's VAE, so that a token shows one of few patterns.
 Everything is a pure function of (seed, index), so a data set needs no files. The combinations of color and shape in HELD_OUT never occur
 in training (`training_scene`), neither in pictures nor in words; they measure composition. Three tenths of the training scenes have hues between the
-six colors, which words call mixed: one who has met six hues learns them as six patterns, apart for each shape; one who has met them all, as a color.
+six colors, "green blue" being a blue that leans to green: one who has met six hues learns them as six patterns, apart for each shape; one who has met
+them all, as a color.
 
     python shapes.py        # draws a contact sheet of scenes with their captions to out/shapes.png
 """
@@ -31,7 +32,8 @@ PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above
 SIDES = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
 DIAMETERS = {"single": (44, 52), "pair": (24, 28), "count": (22, 26)}                          # pixels, by kind of scene
 LATTICE = 8                                                                                        # pixels: where the box of one thing may begin
-UNNAMED = 0.3                                                                                      # share of training scenes in hues between the six
+BETWEEN = 0.3                                                                                      # share of training scenes in hues between the six
+PURE = 5                                                                                           # degrees: what is nearer to a color has no second one in its name
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,6 @@ class Scene:
     kind: str
     things: tuple
     background: tuple       # top and bottom rgb
-    named: bool = True      # False: hues anywhere between the six, nearest to those that `things` tell; words call them mixed
 
 
 # ---- scenes ----------------------------------------------------------------------------------------------------------
@@ -71,10 +72,10 @@ def outline(shape, x, y, size):
     return [(x + r * math.cos(t), y + r * math.sin(t)) for t in np.linspace(0, 2 * math.pi, 48, endpoint=False)]
 
 
-def shade(color, rng, named=True):
-    """An rgb within 4 degrees of the color's hue; named=False: of any hue that is nearer to this color's than to another's."""
+def shade(color, rng, between=False):
+    """An rgb within 4 degrees of the color's hue; between=True: of any hue that is nearer to this color's than to another's."""
     before, after = (min((s * (HUES[c] - HUES[color])) % 360 for c in COLORS if c != color) / 2 - 1 for s in (-1, 1))
-    hue = (HUES[color] + (rng.uniform(-4, 4) if named else rng.uniform(-before, after))) / 360 % 1
+    hue = (HUES[color] + (rng.uniform(-before, after) if between else rng.uniform(-4, 4))) / 360 % 1
     return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue, rng.uniform(.85, 1), rng.uniform(.75, 1)))
 
 
@@ -91,7 +92,7 @@ def place(kind, n, rng):
     return [spot + (rng.choice(DIAMETERS[kind]),) for spot in rng.sample(spots, n)]
 
 
-def scene(seed, index, *, held_out=False, kind=None, named=True):
+def scene(seed, index, *, held_out=False, kind=None, between=False):
     """Scene number `index` of the set `seed` (any string or int). held_out=True puts a held-out combination into it."""
     rng = random.Random(f"{seed}/{index}/{held_out}")
     kind = kind or rng.choices(("single", "pair", "count"), (35, 40, 25))[0]
@@ -102,17 +103,17 @@ def scene(seed, index, *, held_out=False, kind=None, named=True):
         rng.shuffle(kinds)
     else:
         kinds = [first] * (1 if kind == "single" else rng.choice((2, 3, 4)))
-    color_of = {c: shade(c, rng, named) for c, _ in kinds}
+    color_of = {c: shade(c, rng, between) for c, _ in kinds}
     things = tuple(Thing(c, s, *spot, color_of[c]) for (c, s), spot in zip(kinds, place(kind, len(kinds), rng)))
     grey, tint = rng.uniform(195, 245), [rng.uniform(-6, 6) for _ in range(3)]
     slope = rng.uniform(-15, 15)
     background = tuple(tuple(round(min(255, max(0, grey + t + d))) for t in tint) for d in (-slope, slope))
-    return Scene(kind, things, background, named)
+    return Scene(kind, things, background)
 
 
 def training_scene(seed, index):
-    """Scene number `index` of a training set: seen combinations, and UNNAMED of them in any hue, as long as the nearest color makes a seen one."""
-    return scene(seed, index, named=random.Random(f"{seed}/{index}/named").random() >= UNNAMED)
+    """Scene number `index` of a training set: seen combinations, and BETWEEN of them in any hue, as long as the nearest color makes a seen one."""
+    return scene(seed, index, between=random.Random(f"{seed}/{index}/named").random() < BETWEEN)
 
 
 def render(scene, supersample=4):
@@ -142,8 +143,21 @@ def relation(a, b):
     return "above" if dy < 0 else "below"
 
 
+def color(thing):
+    """The words for its hue: "blue", or from PURE degrees away "green blue", a blue that leans to green."""
+    hue = 360 * colorsys.rgb_to_hsv(*thing.rgb)[0]
+    away = {c: (hue - h + 180) % 360 - 180 for c, h in HUES.items()}
+    if abs(own := away.pop(thing.color)) < PURE:
+        return thing.color
+    return min((c for c in away if away[c] * own < 0), key=lambda c: abs(away[c])) + " " + thing.color
+
+
+def pure(scene):
+    return all(color(t) == t.color for t in scene.things)
+
+
 def name(thing, colored=True):
-    return f"{thing.color} {thing.shape}" if colored else thing.shape
+    return f"{color(thing)} {thing.shape}" if colored else thing.shape
 
 
 def reading_order(scene):
@@ -155,14 +169,14 @@ def describe(scene):
     """The one full description of a scene, which also is the answer to "Describe the image."."""
     if scene.kind == "pair":
         a, b = reading_order(scene)
-        return f"a {name(a, scene.named)} {PHRASES[relation(a, b)]} a {name(b, scene.named)}"
-    return group(scene, scene.named)
+        return f"a {name(a)} {PHRASES[relation(a, b)]} a {name(b)}"
+    return group(scene)
 
 
-def group(scene, colored):
+def group(scene, colored=True):
     """What a scene of one thing or several alike shows."""
     n, first = len(scene.things), scene.things[0]
-    return f"a {name(first, colored)}" if n == 1 else f"{NUMBERS[n]} {first.color + ' ' if colored else ''}{plural(first.shape)}"
+    return f"a {name(first, colored)}" if n == 1 else f"{NUMBERS[n]} {color(first) + ' ' if colored else ''}{plural(first.shape)}"
 
 
 LABELS = len(COLORS) * len(SHAPES) * 5
@@ -175,9 +189,13 @@ def label(scene):
 
 
 def caption(scene, rng, *, style=None):
-    """A caption that is true of the scene. style: None for any, or "plain" (no color) / "color" / "position" / "color position"."""
+    """A caption that is true of the scene. style: None for any, or "plain" (no color) / "color" / "position" / "color position".
+
+    Without a style, hues between the colors are always told: who asks for none gets one of the six.
+    """
+    colored = style is None and not pure(scene)
     style = style or rng.choice(("plain", "color", "color", "color", "position", "color position", "color position"))
-    colored = scene.named and "color" in style
+    colored = colored or "color" in style
     if scene.kind == "pair":
         a, b = rng.sample(scene.things, 2)
         r = relation(a, b)
@@ -190,13 +208,14 @@ def caption(scene, rng, *, style=None):
         text = group(scene, colored)
         if scene.kind == "single":
             text = rng.choice(("a", "a", "one")) + text.removeprefix("a")
-    if not scene.named:
-        text += " in mixed colors" if scene.kind == "pair" else " in a mixed color"
     return rng.choice(("{}", "{}", "{}", "a picture of {}", "an image of {}", "a drawing of {}", f"there {'are' if scene.kind == 'count' else 'is'} {{}}")).format(text)
 
 
 def questions(scene, rng):
-    """All (type, question, answer) of a scene. Types: color, shape, count, where, exists, describe; where colors have no names, shape, count and where."""
+    """All (type, question, answer) of a scene. Types: shape, count, where; and color, exists and describe where all colors are pure.
+
+    Where they are not, these leave too much to taste, and one who has learned to answer "green blue" takes what it never saw for something in between.
+    """
     qa = [("describe", "Describe the image.", describe(scene))]
     n, first = len(scene.things), scene.things[0]
     many = "s" if scene.kind == "count" else ""
@@ -204,8 +223,8 @@ def questions(scene, rng):
         other = scene.things[scene.things[0] is t] if scene.kind == "pair" else None
         place = f" {SIDES[relation(t, other)]}" if other else ""
         is_the = "are the" if many else "is the"                     # by name, or by place: who answers by name alone learns which colors a shape has
-        qa.append(("color", f"What color {is_the} {rng.choice((plural(t.shape) if many else t.shape, f'object{many}{place}'))}?", t.color))
-        qa.append(("shape", f"What shape {is_the} {rng.choice((f'{t.color} object{many}', f'object{many}{place}'))}?", t.shape))
+        qa.append(("color", f"What color {is_the} {rng.choice((plural(t.shape) if many else t.shape, f'object{many}{place}'))}?", color(t)))
+        qa.append(("shape", f"What shape {is_the} {rng.choice((f'{color(t)} object{many}', f'object{many}{place}'))}?", t.shape))
     if scene.kind == "pair":
         for a, b in (scene.things, scene.things[::-1]):
             qa.append(("where", f"Where is the {a.shape}?", f"{PHRASES[relation(a, b)]} the {b.shape}"))
@@ -217,7 +236,7 @@ def questions(scene, rng):
     no = rng.choice([c for c in SEEN if c not in real and (c[0] == yes[0] or c[1] == yes[1])])
     for (c, s), answer in ((yes, "yes"), (no, "no")):
         qa.append(("exists", f"Is there a {c} {s}?", answer))
-    return qa if scene.named else [q for q in qa if q[0] in ("count", "where") or q[0] == "shape" and not any(c in q[1] for c in COLORS)]
+    return qa if pure(scene) else [q for q in qa if q[0] in ("shape", "count", "where")]
 
 
 FACTS = (

@@ -228,7 +228,7 @@ class ShapesText(Shapes):
     """The same world in words alone."""
 
     def __getitem__(self, i):
-        return Sample(f"shapes {self.seed}/{i}", None, turns=lambda rng: shapes.reading_turns(shapes.scene(self.seed, i), rng))
+        return Sample(f"shapes {self.seed}/{i}", None, turns=lambda rng: shapes.reading_turns(shapes.training_scene(self.seed, i), rng))
 
 
 def scan(path):
