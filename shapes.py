@@ -271,7 +271,8 @@ def reading_turns(scene, rng):
     """Text alone: facts, or questions about a scene that a sentence stands in for. [(question, answer), …]"""
     if rng.random() < 0.1:
         return [rng.choice(FACTS)]
-    turns = [(q, a) for kind, q, a in rng.sample(questions(scene, rng), 3) if kind != "describe"]
+    asked = questions(scene, rng)
+    turns = [(q, a) for kind, q, a in rng.sample(asked, min(len(asked), 3)) if kind != "describe"]
     told = describe(scene) if scene.kind != "pair" or rng.random() < 0.5 else caption(scene, rng, style="color position")
     return [(f"{told}\n{turns[0][0]}", turns[0][1])] + turns[1:]
 

@@ -22,7 +22,8 @@ def test_scenes_are_a_function_of_their_number(scenes):
 def test_held_out_combinations_never_occur_in_training(scenes):
     for i, s in enumerate(scenes):
         rng = random.Random(i)
-        words = " ".join([shapes.caption(s, rng), shapes.describe(s)] + [f"{q} {a}" for _, q, a in shapes.questions(s, rng)])
+        words = " ".join([shapes.caption(s, rng), shapes.describe(s)] + [f"{q} {a}" for _, q, a in shapes.questions(s, rng)] +
+                         [f"{q} {a}" for q, a in shapes.looking_turns(s, rng) + shapes.reading_turns(s, rng)])
         for color, shape in shapes.HELD_OUT:
             assert (color, shape) not in {(t.color, t.shape) for t in s.things}
             assert f"{color} {shape}" not in words
