@@ -1,4 +1,5 @@
 """Every file format that users have, and what is said of broken ones."""
+import copy
 import json
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def test_official_pickles(state, tmp_path):
         Harmon.from_pretrained(kl16)
 
 
-def test_convert_writes_one_folder(state, small, tmp_path, monkeypatch):
+def test_convert_writes_one_folder(state, small, tmp_path, monkeypatch, capsys):
     import convert
     import harmon
 
@@ -88,6 +89,27 @@ def test_convert_writes_one_folder(state, small, tmp_path, monkeypatch):
     model = Harmon.from_pretrained(tmp_path / "folder")
     assert same(model, {k: v if k.startswith("vae.") else v.bfloat16().float() for k, v in state.items()})
     assert model.tokenize("a star") == small.tokenize("a star")
+    with pytest.raises(SystemExit):
+        convert.main([str(pth), "--vae", str(kl16), "--out", str(tmp_path / "none")])
+    assert "there is no tokenizer in it" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_convert_averages_models(small, tmp_path, capsys):
+    import convert
+
+    for i in range(3):
+        moved = copy.deepcopy(small)
+        with torch.no_grad():
+            for p in moved.parameters():
+                p += 0.5 * i * i
+        moved.save_pretrained(tmp_path / str(i))
+    convert.main([*(str(tmp_path / str(i)) for i in range(3)), "--out", str(tmp_path / "mean"), "--dtype", "float32"])
+    mean = Harmon.from_pretrained(tmp_path / "mean")
+    assert all(torch.allclose(p, q + 0.5 * 5 / 3, atol=1e-5) for p, q in zip(mean.parameters(), small.parameters()))
+    assert same(Harmon.from_pretrained(tmp_path / "0"), small.state_dict()), "what was read is as it was"
+    with pytest.raises(SystemExit):
+        convert.main([str(tmp_path / "0"), "harmon-tiny", "--out", str(tmp_path / "none")])
+    assert "differ in size or configuration" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_parts_from_their_own_checkpoints(state, tmp_path):
