@@ -3,7 +3,7 @@
     python benchmark.py                                              # harmon-0.5b with random weights, 256 px, 16 steps, one image
     python benchmark.py --model harmon-tiny --images 4
     python benchmark.py --model harmon-1.5b --size 512 --steps 64 --dtype bfloat16 --device cuda --out 1.5b.json
-    python benchmark.py --what train --batch 8
+    python benchmark.py --what train --model harmon-1.5b --size 512 --repeat 20 --variants plain pixels checkpointing compiled
     python benchmark.py --count --model harmon-1.5b --size 512 --steps 64          # only count; nothing is computed, any size is quick
 
 Each row: median seconds, the arithmetic counted while it ran (torch's FlopCounterMode: matrix products, convolutions, attention; a multiply-add is two), and
@@ -17,6 +17,7 @@ import platform
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -24,11 +25,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import train
 import weights
 from fast import MODES, accelerate, uncaptured
 from harmon import GENERATE, IMAGE_TOKEN_ID, UNCONDITIONAL, Harmon
 from monitor import peak_memory
+from optim import make_optimizer, parameter_groups
 from pretrained import HarmonConfig
+from recipes import RECIPES
 
 SIZES = ("harmon-0.5b", "harmon-1.5b")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,7 +56,7 @@ def timed(run, device, repeat, warm_up=1):
 
 
 def flops_of(run):
-    packed = {torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, out_shape=None: 2 * math.prod(x) * weight[0]} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else {}
+    packed = {torch.ops.mkldnn._linear_pointwise: lambda x, *_, out_shape=None: 2 * math.prod(out_shape) * x[-1]} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else {}
     with uncaptured(), FlopCounterMode(display=False, custom_mapping=packed) as counter:
         run()
     return counter.get_total_flops()
@@ -196,30 +200,69 @@ def in_transformers(model, embeds, args):
     return (all_ - first) / max(1, args.tokens - 1)
 
 
+VARIANTS = {   # of training: what is changed in stage III
+    "plain": dict(checkpointing=False),
+    "pixels": dict(checkpointing=False),     # through the VAE in every step instead of from cached latents
+    "checkpointing": {},
+    "compiled": dict(checkpointing=False, compile=True),
+}
+
+
 def training(model, args):
-    """Rows of one micro-batch forward and backward, by task, under bfloat16 autocast over float32 weights."""
+    """Rows of one optimizer step of stage III, in its variants, on made-up data: 20 micro-batches in its ratio of tasks, forward and backward under bfloat16 autocast over float32
+    weights, clipping, AdamW, averaging. Prompts have 64 tokens, answers 128, texts 512. The arithmetic is the model's: what checkpointing computes twice counts once. The rate is that of bfloat16 products."""
     model.float().train()
     h, w = model.token_grid(args.size)
-    latents = torch.randn(args.batch, h, w, model.config.mar.token_dim, device=model.device)
-    n, tail = h * w + model.config.mar.buffer_size, prompt_of(model, GENERATE.format(caption="three blue stars"))
-    ids = torch.tensor([tail] * args.batch, device=model.device)
-    seen = torch.tensor([[IMAGE_TOKEN_ID] * n + tail] * args.batch, device=model.device)
+    s, n, B, device = model.config.vae.stride, h * w + model.config.mar.buffer_size, args.batch, model.device
+    pictures = {"latents": torch.randn(B, h, w, model.config.mar.token_dim, device=device), "pixels": torch.rand(B, 3, h * s, w * s, device=device) * 2 - 1}
 
-    def draw():
-        return model.text2image_loss(None, ids, torch.ones_like(ids, dtype=torch.bool), latents=latents)
+    def batch(task, variant, rows):
+        images, question, answer = {"text2image": (0, 64, 0), "image2text": (n, 64, 128), "text": (0, 64, 448)}[task]
+        ids = torch.tensor([[IMAGE_TOKEN_ID] * images + [1] * (question + answer)] * rows, device=device)
+        made = {"input_ids": ids, "attention_mask": torch.ones_like(ids, dtype=torch.bool)}
+        if task != "text2image":
+            made["labels"] = torch.where(torch.arange(ids.shape[1], device=device) < images + question, -100, ids)
+        if task != "text":
+            made |= {"pixels": pictures["pixels"][:rows]} if variant == "pixels" else {"pixels": None, "latents": pictures["latents"][:rows]}
+        return made
 
-    def look():
-        labels = seen.masked_fill(seen == IMAGE_TOKEN_ID, -100)
-        return model.image2text_loss(None, seen, torch.ones_like(seen, dtype=torch.bool), labels, latents=latents)
-
-    def step(loss):
+    def backward(losses, task, variant, rows=B):
         torch.manual_seed(0)
-        with torch.autocast(model.device.type, torch.bfloat16):
-            value = loss()
-        value.backward()
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = losses(task, batch(task, variant, rows))
+        loss.backward()
+
+    rows, rate = [], machine(device, torch.bfloat16)[0]
+    for variant in args.variants:
+        recipe = replace(RECIPES["stage3"], **VARIANTS[variant])
+        tasks = [task for task, count in recipe.ratio.items() for _ in range(count)]
+        optimizer = make_optimizer(parameter_groups(model, recipe))
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        averaged = {name: p.detach().clone() for name, p in trained.items()}
+        losses = train.Losses(model, recipe)
+        flops = B * sum(count * flops_of(lambda: backward(losses, task, variant, 1)) for task, count in recipe.ratio.items())  # noqa: B023
         model.zero_grad(set_to_none=True)
-    return [{"what": f"training, {name}, micro-batch {args.batch}", "seconds": timed(lambda: step(loss), model.device, args.repeat), "flops": flops_of(lambda: step(loss))}  # noqa: B023
-            for name, loss in (("text to image", draw), ("image to text", look))]
+        train.outfit(losses, recipe)
+
+        def step():
+            for task in tasks:  # noqa: B023
+                backward(losses, task, variant)  # noqa: B023
+            train.update(optimizer, trained, averaged, recipe, 0)  # noqa: B023
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        row = {"what": f"training step, {len(tasks)} × {B} samples, {variant}", "flops": flops, "rate": rate}
+        try:
+            row["seconds"] = timed(step, device, args.repeat)
+            row |= {"samples/s": len(tasks) * B / row["seconds"], "peak GB": peak_memory(device) / 1e9}
+            row["what"] += f": {row['samples/s']:.3g} samples/s, peak {row['peak GB']:.3g} GB"
+        except torch.OutOfMemoryError:
+            row["what"] += ": out of memory"
+        rows.append(row)
+        model.zero_grad(set_to_none=True)
+        for block in train.blocks_of(model):     # the outfit comes off again
+            vars(block).pop("forward", None)
+            block._compiled_call_impl = None
+    return rows
 
 
 def make_model(args):
@@ -247,7 +290,8 @@ def main():
     parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=32, help="of an answer")
     parser.add_argument("--batch", type=int, default=4, help="micro-batch of training")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["plain", "pixels", "checkpointing"], help="of training")
+    parser.add_argument("--repeat", type=int, default=3, help="runs to take the median of; of training, steps")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     parser.add_argument("--dtype", type=DTYPES.get, default=torch.float32, metavar="|".join(DTYPES))
     parser.add_argument("--mode", choices=MODES, default="auto", help="fast paths, see fast.py; training is always eager")
@@ -271,10 +315,10 @@ def main():
             accelerate(model, args.mode)
         for what in args.what:
             for row in {"draw": drawing, "answer": answering, "train": training}[what](model, args):
-                flops, read, seconds = row.get("flops", 0), row.get("bytes", 0), row.get("seconds", float("nan"))
-                row["floor"] = flops / product if flops else read / reading
+                flops, read, seconds, rate = row.get("flops", 0), row.get("bytes", 0), row.get("seconds", float("nan")), row.get("rate", product)
+                row["floor"] = flops / rate if flops else read / reading
                 rows.append(row)
-                print(f"| {row['what']} | {seconds:.4g} | {flops / 1e9:.4g} | {flops / seconds / product:.0%} | {row['floor']:.4g} | "
+                print(f"| {row['what']} | {seconds:.4g} | {flops / 1e9:.4g} | {flops / seconds / rate:.0%} | {row['floor']:.4g} | "
                       f"{seconds / row['floor'] if row['floor'] else float('nan'):.2f} | {read / 1e9:.4g} | {read / reading:.4g} |".replace("nan%", "").replace("nan", ""), flush=True)
         if not args.count:
             about |= {"GB of weights": round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9, 2), "peak GB": round(peak_memory(args.device) / 1e9, 2)}

@@ -202,14 +202,7 @@ def train(name, recipe, args, stop_at=None):
             source.latents.check(model.encode, recipe.size)
     batches, ledger = Batches(sources, recipe.ratio, recipe.micro_batch, recipe.size, recipe.seed), Ledger(sources)
 
-    losses = Losses(model, recipe)
-    for block in blocks_of(model):   # from outside: the model's code knows of neither
-        if recipe.checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if recipe.compile:
-            block.compile()
-    if recipe.compile and "vae" in recipe.lr:
-        losses.compile(dynamic=False)
+    losses = outfit(Losses(model, recipe), recipe)
     wrapped = DistributedDataParallel(losses, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=True) if args.ranks > 1 else losses
 
     # micro-batch a of process r in step s is number (s · accumulate + a) · ranks + r of the run
@@ -235,20 +228,12 @@ def train(name, recipe, args, stop_at=None):
                     loss = wrapped(batch["task"], arguments)
                 (loss / accumulate).backward()
             monitor.saw(batch["task"], arguments, loss)
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), recipe.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(recipe, step)
-        if torch.isfinite(norm):
-            not_finite = 0
-            optimizer.step()
-            decay = min(recipe.ema, (step + 1) / (step + 10))  # an average over few steps at first
-            torch._foreach_lerp_(list(averaged.values()), [p.detach() for p in trained.values()], 1 - decay)
-        else:
-            not_finite += 1
+        norm = update(optimizer, trained, averaged, recipe, step)
+        not_finite = 0 if torch.isfinite(norm) else not_finite + 1
+        if not_finite:
             monitor.say(f"step {step + 1}: the gradient is not finite, step skipped ({not_finite} in a row)")
-            if not_finite == 10:
-                raise ValueError(f"step {step + 1}: ten steps in a row without a finite gradient; the last checkpoint is {checkpoints(folder)[-1:] or 'none'}")
-        optimizer.zero_grad(set_to_none=True)
+        if not_finite == 10:
+            raise ValueError(f"step {step + 1}: ten steps in a row without a finite gradient; the last checkpoint is {checkpoints(folder)[-1:] or 'none'}")
         monitor.step(step + 1, norm, schedule(recipe, step), finite=not not_finite, unusable=sum(ledger.skipped))
         stop = anywhere(bool(stopped), device)
         if (step + 1) % recipe.save_every == 0 or step + 1 == last or stop:
@@ -269,6 +254,31 @@ def train(name, recipe, args, stop_at=None):
         set_latent_scale(folder, batches)
     barrier()
     return checkpoints(folder)[-1]
+
+
+def outfit(losses, recipe):
+    """Losses whose blocks recompute their activations and are compiled, as the recipe says: from outside, the model's code knows of neither."""
+    for block in blocks_of(losses.model):
+        if recipe.checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if recipe.compile:
+            block.compile()
+    if recipe.compile and "vae" in recipe.lr:
+        losses.compile(dynamic=False)
+    return losses
+
+
+def update(optimizer, trained, averaged, recipe, step):
+    """Clip the gradients, move weights and averages, unless a gradient is not finite; then clear them. Returns their norm."""
+    norm = torch.nn.utils.clip_grad_norm_(trained.values(), recipe.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * schedule(recipe, step)
+    if torch.isfinite(norm):
+        optimizer.step()
+        decay = min(recipe.ema, (step + 1) / (step + 10))  # an average over few steps at first
+        torch._foreach_lerp_(list(averaged.values()), [p.detach() for p in trained.values()], 1 - decay)
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def leave_interrupts_to_the_trainer(_):
