@@ -30,6 +30,11 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(features.to(self.mlp[0].weight.dtype))                  # (M, W)
 
 
+def modulate(x, shift, scale):
+    """(1 + scale) · x + shift, in two operations: the sampler does this 700 times a token."""
+    return torch.addcmul(x + shift, x, scale)
+
+
 class ResBlock(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -39,7 +44,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x, modulation):                                           # (M, W), (M, 3W)
         shift, scale, gate = modulation.chunk(3, dim=1)
-        return x + gate * self.mlp((1 + scale) * self.in_ln(x) + shift)
+        return torch.addcmul(x, gate, self.mlp(modulate(self.in_ln(x), shift, scale)))
 
 
 class FinalLayer(nn.Module):
@@ -50,7 +55,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, modulation):                                           # (M, W), (M, 2W)
         shift, scale = modulation.chunk(2, dim=1)
-        return self.linear((1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift)
+        return self.linear(modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale))
 
 
 class SimpleMLPAdaLN(nn.Module):

@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from diffusion_head import ResBlock
+from llm import MLP as GatedMLP
 from llm import KVCache, rotary
+from mar import MLP
 
 MODES = ("auto", "eager", "packed", "graphs", "compiled")
 
@@ -39,27 +42,49 @@ def accelerate(model, mode):
 
 # ---- packed weights --------------------------------------------------------------------------------------------------
 
+class Packed:
+    """The forward of a linear layer with its weight in oneDNN's layout. While it has a result at hand it can also apply an activation, or multiply by another tensor."""
+
+    def __init__(self, layer):
+        rows = 64                                                               # a hint only: the layout serves from 1 to many
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows), layer.bias
+
+    def __call__(self, x, activation="none", times=None):
+        if times is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, times, self.weight, self.bias, "mul")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], "none" if activation == "gelu" else "")
+
+
 def pack(model):
-    """Put the weight of every bfloat16 linear layer on the CPU into the layout of the matrix instructions, with a forward that takes it so. No gradients."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
+    """Put the weights of a bfloat16 model's linear layers on the CPU into the layout of the matrix instructions, with forwards that take them so. No gradients."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and model.dtype == torch.bfloat16 and model.device.type == "cpu"):
         return
     for layer in model.modules():
-        if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.bfloat16 and layer.weight.device.type == "cpu":
-            rows = 64                                                           # a hint only: the layout serves from 1 to many
-            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
-            layer.forward = partial(packed_linear, weight, layer.bias)
+        if isinstance(layer, nn.Linear):
+            layer.forward = Packed(layer)
             if layer.weight is not model.llm.model.embed_tokens.weight:         # which is read row by row too
-                layer.weight = nn.Parameter(weight, requires_grad=False)        # in place of the plain one: no weight lies in memory twice
+                layer.weight = nn.Parameter(layer.forward.weight, requires_grad=False)      # in place of the plain one: no weight lies in memory twice
                 layer.register_state_dict_post_hook(unpacked)
+    for module in model.modules():                                              # activations join the product before them
+        if isinstance(module, GatedMLP):
+            module.forward = partial(gated, module.gate_proj.forward, module.up_proj.forward, module.down_proj.forward)
+        elif isinstance(module, MLP):
+            module.forward = partial(activated, "gelu", module.fc1.forward, module.fc2.forward)
+        elif isinstance(module, ResBlock):
+            module.mlp.forward = partial(activated, "swish", module.mlp[0].forward, module.mlp[2].forward)
+
+
+def gated(gate, up, down, x):
+    return down(up(x, times=gate(x, "swish")))
+
+
+def activated(activation, first, second, x):
+    return second(first(x, activation))
 
 
 def unpacked(layer, state, prefix, _):
     """A state_dict holds plain tensors: whoever saves or copies a packed model need not know that it is."""
     state[prefix + "weight"] = state[prefix + "weight"].to_dense()
-
-
-def packed_linear(weight, bias, x):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 # ---- CUDA graphs -----------------------------------------------------------------------------------------------------
