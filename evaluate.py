@@ -4,6 +4,7 @@
     python evaluate.py --steps 4 8 16 32 64              # the paper's Table S2 in small
     python evaluate.py --judge                           # is the judge itself right? on rendered truth and on wrong pictures
     python evaluate.py --ceiling --steps 8 16 32         # what a perfect model would reach: tokens of one step do not know of each other
+    python evaluate.py --layouts                         # do places that a prompt leaves open vary?
     python evaluate.py --losses                          # head loss by the share of tokens that is masked, with and without the caption
 
 The judge is exact pixel analysis (color, connected components, outline); no model is involved. "seen" prompts name combinations of color and
@@ -221,6 +222,14 @@ def generation_scores(model, split, count, seed, batch, sheet=None, **sampling):
     return {c: sum(v) / len(v) for c, v in verdicts.items()}, time.time() - began
 
 
+def layouts(model, count, batch, **sampling):
+    """Whether places that a caption leaves open vary: (pictures of "attribution" in which two things are found, those of them with one thing above the other). In the world itself it is half of them."""
+    captions = [caption for category, _, caption in prompts(count, False) if category == "attribution"]
+    images = [image for i in range(0, count, batch) for image in model.generate_image(captions[i:i + batch], seed=list(range(i, min(i + batch, count))), **sampling)]
+    pairs = [things for things in map(find, images) if len(things) == 2]
+    return len(pairs), sum(abs(a.y - b.y) > abs(a.x - b.x) for a, b in pairs)
+
+
 def contact_sheet(pictures, per_category, columns=8, scale=2):
     """Two rows of pictures a category, the caption beneath, a red frame around wrong ones."""
     shown = [p for i, p in enumerate(pictures) if i % per_category < 2 * columns]
@@ -307,6 +316,7 @@ def main():
     parser.add_argument("--judge", action="store_true", help="validate the judge instead")
     parser.add_argument("--ceiling", action="store_true", help="print what a perfect model would reach instead")
     parser.add_argument("--losses", action="store_true", help="print head losses by masking ratio instead")
+    parser.add_argument("--layouts", action="store_true", help="print how pairs are laid out where the prompt does not say, instead")
     args = parser.parse_args()
     if args.judge:
         right, rejected, n, m = judge_the_judge()
@@ -323,6 +333,10 @@ def main():
             print("| masked | with caption | without |\n|---|---|---|")
             for values in masked_losses(model, (1.0, 0.9, 0.7, 0.5, 0.3, 0.1), 100):
                 print("| %.1f | %.4f | %.4f |" % values)
+            return
+        if args.layouts:
+            pairs, vertical = layouts(model, args.prompts, args.batch, num_iter=args.steps[0], cfg=args.cfg, temperature=args.temperature)
+            print(f"{args.prompts} prompts that leave places open: {pairs} pairs found, {vertical} of them one above the other")
             return
         results = {"settings": {k: str(v) for k, v in vars(args).items()}}
         if args.out:

@@ -99,8 +99,12 @@ def save(folder, step, model, averaged, optimizer, recipe, ranks, keep=2):
                "batch": recipe.batch, "micro_batch": recipe.micro_batch, "seed": recipe.seed, "ranks": ranks}
     for cut_off in folder.glob(".step-*.pt"):   # left by a kill while saving
         cut_off.unlink()
-    with weights.replacing(folder / f"step-{step:06d}.pt") as temporary:
-        torch.save(content, temporary)
+    try:
+        with weights.replacing(folder / f"step-{step:06d}.pt") as temporary:
+            torch.save(content, temporary)
+    except (RuntimeError, OSError) as error:    # torch's own message does not speak of the disk
+        raise OSError(f"the checkpoint of step {step} could not be written to {folder}; is the disk full? ({error}) "
+                      f"The last one is {(checkpoints(folder) or ['none'])[-1]}, and the same command goes on from it") from None
     for old in checkpoints(folder)[:-keep]:
         old.unlink()
 

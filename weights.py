@@ -111,9 +111,9 @@ def replacing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
-    os.chmod(temporary, 0o644)
     try:
         yield temporary
+        os.chmod(temporary, 0o644)                  # mkstemp and safetensors make files that nobody else may read
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -141,3 +141,19 @@ def test_labels_tell_what_and_how_many(scenes):
             told.setdefault((len(s.things), s.things[0].color, s.things[0].shape), set()).add(shapes.label(s))
     assert all(len(labels) == 1 for labels in told.values()) and len(set.union(*told.values())) == len(told)
     assert {shapes.label(s) for s in scenes} <= set(range(shapes.LABELS))
+
+
+def test_layouts_that_captions_leave_open():
+    """A model that draws what the world shows varies as the world does; one that knows a single layout is found out."""
+    class Painter:
+        def __init__(self, paint):
+            self.paint = paint
+
+        def generate_image(self, captions, seed, **_):
+            return [self.paint(caption) for caption in captions]
+
+    truth = {caption: scene for category, scene, caption in evaluate.prompts(100, False) if category == "attribution"}
+    pairs, vertical = evaluate.layouts(Painter(lambda caption: shapes.render(truth[caption])), 100, 40)
+    assert pairs == 100 and 35 <= vertical <= 65
+    above = next(scene for _, scene, caption in evaluate.prompts(100, False) if " above " in caption)
+    assert evaluate.layouts(Painter(lambda _: shapes.render(above)), 10, 4) == (10, 10)

@@ -189,6 +189,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 def test_a_full_disk_leaves_nothing_behind(small, tmp_path):
     """A limit on the file size stands in for the full disk: the write fails half-way."""
     small.save_pretrained(tmp_path)
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o644}, "others may read what was written"
     before = (tmp_path / "model.safetensors").read_bytes()
     code = f"""
 import resource, signal, sys
