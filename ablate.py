@@ -4,11 +4,11 @@
     python ablate.py tasks --steps 2000 --seeds 0 1       # single-task against joint training (Figure 6)
     python ablate.py stages --steps 2000 --seeds 0 1      # without each of the three stages (Table 6)
     python ablate.py reca --steps 400 --seeds 0 1         # reconstruction alignment against as many steps of plain fine-tuning
-    python ablate.py tasks --table                        # the table and the plot from what has been run so far
+    python ablate.py tasks --table                        # the table and the plot anew from docs/ablate-tasks.json
 
 All arms of an experiment take the same number of steps of the same batch from the same weights on the same scenes, but for those named half; seeds change
 the order and the draws.
-Finished arms are kept in runs/ablate and not run again. Results: docs/ablate-<experiment>.json, .md and .png (needs matplotlib).
+Finished arms are kept in runs/ablate, with their scores, and not run again. At the end: docs/ablate-<experiment>.json, .md and .png (needs matplotlib).
 """
 import argparse
 import json
@@ -24,8 +24,8 @@ import train
 import weights
 from recipes import ALL_TINY, RECIPES
 
-FINER = {"lr": {part: lr / 5 for part, lr in ALL_TINY.items()}, "ratio": {"text2image": 16, "image2text": 3, "text": 1}}   # in the manner of stage III
 GENTLE = {part: lr / 5 for part, lr in ALL_TINY.items()}
+FINER = {"lr": GENTLE, "ratio": {"text2image": 16, "image2text": 3, "text": 1}}     # in the manner of stage III
 
 # experiment -> (the run that every arm starts from, {arm: [(recipe, share of the steps, what is changed in it), …]})
 EXPERIMENTS = {
@@ -65,14 +65,14 @@ def run_arm(experiment, arm, seed, steps, batch, runs, prompts, questions):
         with weights.replacing(mixture) as temporary:
             Path(temporary).write_text(json.dumps([{"path": "shapes-text" if task == "text" else "shapes", "task": task, "seed": "train-0", "count": recipe.scenes}
                                                    | ({} if task == "text" else {"latents": str((runs / f"latents-0-{recipe.scenes}").resolve())}) for task in recipe.ratio]))
-        args = train.arguments([name, "--runs", str(folder), "--mixture", str(mixture), "--tokenizer", str(runs / "tokenizer.json")])
+        args = train.arguments([name, "--runs", str(folder), "--mixture", str(mixture), "--tokenizer", str(runs / start)])
         before = train.train(f"{i}-{name}", recipe, args).parent
     found = train.last_checkpoint(before)
     if found is None:
         raise FileNotFoundError(f"{before}: no checkpoint; run `python train.py tiny` first")
     trained = time.time() - began
     model = train.model_of(found[1]).eval()
-    model.tokenizer = train.load_tokenizer(runs / "tokenizer.json")
+    model.tokenizer = train.load_tokenizer(runs / start)
     scores = {"arm": arm, "seed": seed, "steps": steps, "batch": batch, "training_seconds": round(trained)}
     scores[LOSS] = round(mean(loss for _, loss, _ in evaluate.masked_losses(model, HIDDEN, 100)), 4)
     for split, count in (("seen", prompts), ("held-out", prompts * 2 // 3)):
@@ -127,27 +127,36 @@ def main():
     parser.add_argument("--questions", type=int, default=100, help="scenes that are asked about")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--docs", type=Path, default=Path(__file__).resolve().parent / "docs")
-    parser.add_argument("--table", action="store_true", help="run nothing, only write table and plot")
+    parser.add_argument("--table", action="store_true", help="run nothing, only write table and plot of what --docs holds")
     args = parser.parse_args()
-    file = args.docs / f"ablate-{args.experiment}.json"
+    published, kept = args.docs / f"ablate-{args.experiment}.json", args.runs / "ablate" / f"{args.experiment}.json"
+    settings = {"steps": args.steps, "batch": args.batch, "prompts": args.prompts, "scenes asked about": args.questions}
     try:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise ValueError("the plot at the end needs matplotlib: pip install matplotlib") from None
+        file = published if args.table else kept
         results = json.loads(file.read_text()) if file.exists() else []
-        for seed in [] if args.table else args.seeds:
-            for arm in EXPERIMENTS[args.experiment][1]:
-                if any((r["arm"], r["seed"], r["steps"], r["batch"]) == (arm, seed, args.steps, args.batch) for r in results):
-                    continue
-                results.append(run_arm(args.experiment, arm, seed, args.steps, args.batch, args.runs, args.prompts, args.questions))
-                print(json.dumps(results[-1]), flush=True)
-                with weights.replacing(file) as temporary:
-                    Path(temporary).write_text(json.dumps(results, indent=1) + "\n")
-        results = [r for r in results if (r["steps"], r["batch"]) == (args.steps, args.batch)]
+        if not args.table:
+            alike = lambda r: all(r[k] == v for k, v in settings.items())  # noqa: E731
+            for seed in args.seeds:
+                for arm in EXPERIMENTS[args.experiment][1]:
+                    if not any(alike(r) and (r["arm"], r["seed"]) == (arm, seed) for r in results):
+                        results.append(run_arm(args.experiment, arm, seed, args.steps, args.batch, args.runs, args.prompts, args.questions))
+                        print(json.dumps(results[-1]), flush=True)
+                        with weights.replacing(kept) as temporary:
+                            Path(temporary).write_text(json.dumps(results, indent=1) + "\n")
+            results = [r for r in results if alike(r) and r["seed"] in args.seeds]
+            with weights.replacing(published) as temporary:
+                Path(temporary).write_text(json.dumps(results, indent=1) + "\n")
         if not results:
-            raise ValueError(f"{file}: nothing has been run yet with {args.steps} steps of {args.batch} samples")
-        seeds = " ".join(str(seed) for seed in dict.fromkeys(r["seed"] for r in results))
-        command = (f"python ablate.py {args.experiment} --steps {args.steps} --batch {args.batch} --seeds {seeds} --prompts {results[0]['prompts']} "
-                   f"--questions {results[0]['scenes asked about']}")
-        file.with_suffix(".md").write_text(f"# `{command}`\n\n{table(results)}\n{LEGEND}\n\n![The same as bars, one dot a seed]({file.stem}.png)\n")
-        plot(results, file.with_suffix(".png"))
+            raise ValueError(f"{file}: nothing has been run yet")
+        seeds, first = " ".join(str(seed) for seed in dict.fromkeys(r["seed"] for r in results)), results[0]
+        command = (f"python ablate.py {args.experiment} --steps {first['steps']} --batch {first['batch']} --seeds {seeds} --prompts {first['prompts']} "
+                   f"--questions {first['scenes asked about']}")
+        published.with_suffix(".md").write_text(f"# `{command}`\n\n{table(results)}\n{LEGEND}\n\n![The same as bars, one dot a seed]({published.stem}.png)\n")
+        plot(results, published.with_suffix(".png"))
         print(table(results))
     except (ValueError, OSError) as error:
         print(f"ablate.py: {error}", file=sys.stderr)

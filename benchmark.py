@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 import train
@@ -31,7 +31,7 @@ from fast import MODES, accelerate, uncaptured
 from harmon import GENERATE, IMAGE_TOKEN_ID, UNCONDITIONAL, Harmon
 from monitor import peak_memory
 from optim import make_optimizer, parameter_groups
-from pretrained import HarmonConfig
+from pretrained import HarmonConfig, choose_device
 from recipes import RECIPES
 
 SIZES = ("harmon-0.5b", "harmon-1.5b")
@@ -55,9 +55,14 @@ def timed(run, device, repeat, warm_up=1):
     return median(seconds)
 
 
+# what FlopCounterMode does not know: oneDNN's linear layers, and attention on the CPU
+COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v)}
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    COUNTED[torch.ops.mkldnn._linear_pointwise] = lambda x, *_, out_shape=None, **__: 2 * math.prod(out_shape) * x[-1]
+
+
 def flops_of(run):
-    packed = {torch.ops.mkldnn._linear_pointwise: lambda x, *_, out_shape=None: 2 * math.prod(out_shape) * x[-1]} if hasattr(torch.ops.mkldnn, "_linear_pointwise") else {}
-    with uncaptured(), FlopCounterMode(display=False, custom_mapping=packed) as counter:
+    with uncaptured(), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         run()
     return counter.get_total_flops()
 
@@ -292,13 +297,14 @@ def main():
     parser.add_argument("--batch", type=int, default=4, help="micro-batch of training")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["plain", "pixels", "checkpointing"], help="of training")
     parser.add_argument("--repeat", type=int, default=3, help="runs to take the median of; of training, steps")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    parser.add_argument("--device", help="default: cuda when there is one")
     parser.add_argument("--dtype", type=DTYPES.get, default=torch.float32, metavar="|".join(DTYPES))
     parser.add_argument("--mode", choices=MODES, default="auto", help="fast paths, see fast.py; training is always eager")
     parser.add_argument("--count", action="store_true", help="only count the arithmetic and the weights read of drawing; random weights' sizes only")
     parser.add_argument("--out", type=Path, help="write the rows there as JSON")
     args = parser.parse_args()
     try:
+        args.device = choose_device(args.device)
         if args.dtype is None or min(args.steps, args.images, args.tokens, args.batch, args.repeat) < 1:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, and all counts at least 1")
         if args.count:
@@ -306,6 +312,8 @@ def main():
                 raise ValueError(f"--count knows {', '.join(SIZES)}; --model is {args.model}")
             args.what, args.repeat = ["draw"], 0
         product, reading = (float("nan"), float("nan")) if args.count else machine(args.device, args.dtype)
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)          # machine() takes gigabytes
         device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
         about = {"device": device, "torch": torch.__version__, "dtype": str(args.dtype).removeprefix("torch."), "model": args.model, "size": args.size, "steps": args.steps,
                  "images": args.images, "mode": args.mode, "GFLOP/s": round(product / 1e9, 1), "GB/s": round(reading / 1e9, 1), "date": time.strftime("%Y-%m-%d")}

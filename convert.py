@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
+import weights
 from harmon import Harmon
+from pretrained import locate
 
 
 @torch.no_grad()
@@ -30,11 +32,11 @@ def main(argv=None):
     parser.add_argument("models", nargs="+", metavar="model", help="an official .pth, a folder or a hub id; several of one size, trained from the same start, are averaged")
     parser.add_argument("--vae", type=Path, help="the VAE's file, when the model's holds none (kl16.ckpt)")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json or its folder, when the model's folder holds none")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: that of the first model's file")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     try:
-        dtype = getattr(torch, args.dtype)
+        dtype = getattr(torch, args.dtype) if args.dtype else next(iter(weights.read(locate(args.models[0])).values())).dtype
         exact = dtype if len(args.models) == 1 else torch.float32
         model = mean_of(Harmon.from_pretrained(path, vae=args.vae, tokenizer=args.tokenizer, device="cpu", dtype=exact) for path in args.models)
         if model.tokenizer is None:

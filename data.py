@@ -28,8 +28,8 @@ import weights
 from harmon import ASSISTANT, END, GENERATE, IGNORE_INDEX, PAD, UNCONDITIONAL, USER, Harmon
 from images import image_to_pixels, pixels_to_images, squares
 from latents import LatentCache, cache_latents, vae_encoder
-from pretrained import HarmonConfig, load_tokenizer, locate
-from sources import Unusable, open_source, usable_image
+from pretrained import HarmonConfig, choose_device, load_tokenizer, locate
+from sources import BUILT_IN, Unusable, open_source, usable_image
 
 TASKS = ("text2image", "image2text", "text", "reca", "mar", "reconstruct")   # the last two: of the tiny recipes
 CAPTION_DROP = 0.1                        # of text-to-image samples, for classifier-free guidance
@@ -82,8 +82,8 @@ def open_line(line, folder, where, tasks=TASKS):
         raise ValueError(f"{where}: path, task and a number as weight are needed ({type(error).__name__}: {error})") from None
     if task not in tasks or weight <= 0:
         raise ValueError(f"{where}: task {task!r} must be one of {', '.join(tasks)}, weight {weight:g} above 0")
-    inside = lambda p: p if p.startswith("shapes") else str(folder / p)  # noqa: E731
-    options = {k: inside(v) if k in ("images", "captions") else v for k, v in line.items()}
+    inside = lambda p: p if p in BUILT_IN else str(folder / p)  # noqa: E731
+    options = {k: inside(str(v)) if k in ("images", "captions") else v for k, v in line.items()}
     try:
         return Source(path, task, weight, open_source(inside(path), **options), LatentCache(folder / latents) if latents else None)
     except (ValueError, FileNotFoundError) as error:
@@ -335,7 +335,7 @@ def main():
     parser.add_argument("--vae", help="cache: kl16.ckpt, or another VAE of its form, instead of a model's")
     parser.add_argument("--size", type=int, default=256, help="side of the square pictures, pixels (default: 256)")
     parser.add_argument("--center", action="store_true", help="cache: one middle crop instead of two random ones")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: cuda when there is one; under torchrun each process has its own")
     parser.add_argument("--out", help="inspect: the picture (default: out/inspect.png); cache: a folder")
     args = parser.parse_args()
     try:
@@ -343,14 +343,16 @@ def main():
             with torch.device("meta"):
                 model = Harmon(HarmonConfig.of(args.model))
             model.tokenizer = load_tokenizer(args.tokenizer or locate(args.model))
+            print(f"as {args.model} sees them, at {args.size} pixels" + (f", in the words of {args.tokenizer}" if args.tokenizer else ""))
             return inspect(open_mixture(args.mixture), model, args.size, args.out or "out/inspect.png")
         if not args.out:
             raise ValueError("cache needs --out, a folder")
-        encode = vae_encoder(args.vae, args.device) if args.vae else Harmon.from_pretrained(args.model, device=args.device).encode
+        device = choose_device(args.device)
+        encode = vae_encoder(args.vae, device) if args.vae else Harmon.from_pretrained(args.model, device=device, dtype=torch.float32).encode
         rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         lines = []
         for i, (source, line) in enumerate(zip(open_mixture(args.mixture), read_mixture(args.mixture))):
-            line = line | {k: os.path.abspath(Path(args.mixture).parent / line[k]) for k in ("path", "images", "captions") if k in line and line[k][:6] != "shapes"}
+            line = line | {k: os.path.abspath(Path(args.mixture).parent / line[k]) for k in ("path", "images", "captions") if k in line and line[k] not in BUILT_IN}
             if source.task != "text":
                 cache_latents(encode, source, Path(args.out) / str(i), args.size, crops=0 if args.center else 2, rank=rank, ranks=ranks)
                 line["latents"] = str(i)

@@ -99,6 +99,8 @@ class Process:
     """The constants of a (respaced) diffusion process with `steps` of the T steps, each a float32 tensor (steps,)."""
 
     def __init__(self, steps):
+        if not 1 <= steps <= T:
+            raise ValueError(f"{steps} diffusion steps are asked for; expected 1 to {T}")
         stride = (T - 1) / (steps - 1) if steps > 1 else 1
         timesteps = np.array([round(i * stride) for i in range(steps)])
         abar = cosine_alphas_cumprod()[timesteps]
@@ -155,8 +157,6 @@ class DiffusionHead(nn.Module):
 
     def __init__(self, token_dim, cond_dim, depth, width, sampling_steps=100, x0_clip=None):
         super().__init__()
-        if not 1 <= sampling_steps <= T:
-            raise ValueError(f"sampling_steps is {sampling_steps}; expected 1 to {T}")
         self.token_dim, self.x0_clip = token_dim, x0_clip
         self.net = SimpleMLPAdaLN(token_dim, cond_dim, depth, width)
         self.training_process, self.sampling_process = Process(T), Process(sampling_steps)

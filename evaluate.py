@@ -318,6 +318,10 @@ def main():
     parser.add_argument("--losses", action="store_true", help="print head losses by masking ratio instead")
     parser.add_argument("--layouts", action="store_true", help="print how pairs are laid out where the prompt does not say, instead")
     args = parser.parse_args()
+    least = {"prompts": 2, "questions": 1, "batch": 1, "cfg": 0, "temperature": 0}                  # two thirds as many prompts are held-out ones
+    wrong = [f"--{name} must be at least {n}" for name, n in least.items() if getattr(args, name) < n] + ["--steps must be at least 1"] * (min(args.steps) < 1)
+    if wrong:
+        parser.error("; ".join(wrong))
     if args.judge:
         right, rejected, n, m = judge_the_judge()
         print(f"rendered truth accepted: {right:.4f} of {n}; wrong pictures rejected: {rejected:.4f} of {m}")
@@ -335,7 +339,8 @@ def main():
                 print("| %.1f | %.4f | %.4f |" % values)
             return
         if args.layouts:
-            pairs, vertical = layouts(model, args.prompts, args.batch, num_iter=args.steps[0], cfg=args.cfg, temperature=args.temperature)
+            pairs, vertical = layouts(model, args.prompts, args.batch, num_iter=args.steps[0], cfg=args.cfg, temperature=args.temperature,
+                                      solver=args.solver, diffusion_steps=args.diffusion_steps)
             print(f"{args.prompts} prompts that leave places open: {pairs} pairs found, {vertical} of them one above the other")
             return
         results = {"settings": {k: str(v) for k, v in vars(args).items()}}

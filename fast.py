@@ -34,6 +34,7 @@ def accelerate(model, mode):
         model.mar.diffloss.solve = padded(model.mar.diffloss.solve)
         model.llm.generate = StaticDecoder(model.llm)
     if mode == "compiled":
+        torch._dynamo.config.recompile_limit = 4 * len(model.llm.model.layers)  # each layer of the cache is a case of its own
         for block in [*model.mar.encoder_blocks, *model.mar.decoder_blocks, *model.llm.model.layers]:
             block.compile(dynamic=True)                                         # lengths change from step to step
         model.mar.diffloss.net.denoise = torch.compile(model.mar.diffloss.net.denoise, dynamic=True)
@@ -110,15 +111,16 @@ class Graph:
         return output.clone()
 
     def capture(self, static):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):                                           # warm-up: libraries choose kernels and allocate
-            for _ in range(2):
-                self.function(*static)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = self.function(*static)
+        with torch.cuda.device(static[0].device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):                                       # warm-up: libraries choose kernels and allocate
+                for _ in range(2):
+                    self.function(*static)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = self.function(*static)
         return graph, static, output
 
 

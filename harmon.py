@@ -10,11 +10,13 @@ width, L text length. Pixels are RGB in [-1, 1], (B, 3, s·h, s·w) with s the V
 """
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import weights
@@ -116,7 +118,7 @@ class Harmon(nn.Module):
 
         input_ids, attention_mask (rows, L): with cfg != 1 rows = 2B, [conditional; unconditional]; with cfg = 1 rows = B.
         num_iter: steps K ≥ 1. cfg_schedule: "constant", or "linear" from 1 up to cfg. grid (h, w), default the native one.
-        orders (rows, N): row b's first m entries are what is masked when m tokens are. noise_fn: see DiffusionHead.sample.
+        orders (B or rows, N): row b's first m entries are what is masked when m tokens are. noise_fn: see DiffusionHead.sample.
         generator: a torch.Generator, or a list of B, one an image, so that an image does not depend on its batch.
         on_step(k, tokens (B, h, w, C), hidden (B, N)) is called after each step.
         known (B, h, w, C) with known_mask (N,) bool, True = keep: those tokens start visible and stay (inpainting).
@@ -225,8 +227,14 @@ class Harmon(nn.Module):
             z_enc = self.seen_features(latents)
         hidden = self.llm(inputs_embeds=self.embed(input_ids, z_enc), attention_mask=attention_mask)
         counted = labels[:, 1:] != IGNORE_INDEX                                      # position i predicts label i + 1
-        logits = self.llm.logits(hidden[:, :-1][counted])
-        return F.cross_entropy(logits.float(), labels[:, 1:][counted], reduction="sum") / counted.sum().clamp(min=1)
+        parts = list(zip(hidden[:, :-1][counted].split(1024), labels[:, 1:][counted].split(1024)))
+        # scores over 151,936 words take gigabytes for a large batch: then they are computed for some positions at a time, and once more in the backward pass
+        run = self.words_loss if len(parts) == 1 else partial(checkpoint, self.words_loss, use_reentrant=False)
+        return sum(run(*part) for part in parts) / counted.sum().clamp(min=1)
+
+    def words_loss(self, hidden, targets):
+        """Cross-entropy, summed, of the next words: hidden (n, H), targets (n,)."""
+        return F.cross_entropy(self.llm.logits(hidden).float(), targets, reduction="sum")
 
     # -- text in, images out; images in, text out --
 
@@ -274,6 +282,8 @@ class Harmon(nn.Module):
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, but {len(seeds)} seeds")
+        if (image is None) != (mask is None):
+            raise ValueError("image and mask go together: the mask says what of the image is drawn anew")
         h, w = self.token_grid(size)
         texts = [GENERATE.format(caption=p.strip()) for p in prompts] + ([] if cfg == 1 else [UNCONDITIONAL] * len(prompts))
         ids, real = self.pad([self.prompt_ids(text) for text in texts])

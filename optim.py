@@ -7,6 +7,8 @@ to that precision only; with AdamW they agree to rounding in float32.
 import math
 
 import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
 
 PARTS = {  # what learning rates are given to, by the prefixes of the parameters' names
     "mar-decoder": ("mar.decoder", "mar.mask_token", "mar.diffusion_pos_embed", "mar.diffloss", "proj_out"),
@@ -48,13 +50,21 @@ def make_optimizer(groups, spread=False):
     if spread:
         if matrices:
             raise ValueError("Muon's state cannot be spread over processes; leave out --zero or --muon")
-        from torch.distributed.optim import ZeroRedundancyOptimizer
+        from torch.distributed.optim import zero_redundancy_optimizer as zero
 
-        return ZeroRedundancyOptimizer(others, torch.optim.AdamW, **adamw)
+        zero._broadcast_object = broadcast_object       # torch's own handles its bytes one by one: a checkpoint of some gigabytes takes it half an hour
+        return zero.ZeroRedundancyOptimizer(others, torch.optim.AdamW, **adamw)
     if not matrices:
         return torch.optim.AdamW(others, **adamw)
     parts = [torch.optim.Muon(matrices, lr=1e-4, adjust_lr_fn="match_rms_adamw")] + ([torch.optim.AdamW(others, **adamw)] if others else [])
     return Together(parts)
+
+
+def broadcast_object(obj, src_rank, group=None, device=None):
+    """One process's object to all of a group."""
+    box = [tree_map_only(torch.Tensor, torch.Tensor.cpu, obj)]
+    dist.broadcast_object_list(box, src=src_rank, group=group, device=device)
+    return box[0]
 
 
 class Together:

@@ -3,6 +3,7 @@
 Names in config.json are those of the Hugging Face folders (wusize/Harmon-0_5B), so that those are read as they are.
 """
 import json
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,7 +91,7 @@ def infer_config(tensors, source):
         config = HarmonConfig.from_name(name)
         if (llm_width, mar_width) == (config.llm.hidden_size, config.mar.embed_dim):
             return config
-    raise ValueError(f"{source}: LLM width {llm_width} and MAR width {mar_width} belong to no official model; give config=")
+    raise ValueError(f"{source}: LLM width {llm_width} and MAR width {mar_width} belong to no official model; give config=, or the folder that train.py --export wrote")
 
 
 def locate(path):
@@ -107,6 +108,20 @@ def locate(path):
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # the hub raises many types
         raise FileNotFoundError(f"{path}: no such folder, and fetching it from the hub failed ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+
+
+def choose_device(name=None):
+    """What `--device` says, default CUDA when there is one, as a torch.device; under torchrun each process has the GPU of its local rank. Raises ValueError."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: torch finds no CUDA device here")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    return device
 
 
 def auto_dtype(path, device):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import weights
 from llm import Qwen2, QwenConfig
-from pretrained import END, load_tokenizer, read_json
+from pretrained import END, choose_device, load_tokenizer, read_json
 
 PROMPT = ("Here is a detailed image description: {caption}. Rewrite it into a much shorter, vivid, and visually rich sentence (one or two sentences) that captures only the "
           "most essential elements and atmosphere of the scene. Ensure the description is concise, clear, and optimized for use with a text-to-image generation model.")
@@ -99,7 +99,7 @@ def main():
     parser.add_argument("--min-aesthetic", type=float, help="the paper's stage III: 6.5")
     parser.add_argument("--max-aspect", type=float, help="longer side over shorter side")
     parser.add_argument("--min-side", type=int, help="pixels")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: cuda when there is one; under torchrun each process has its own")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     args = parser.parse_args()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -111,7 +111,7 @@ def main():
         todo = [(n, row) for n, row in read_lines(args.captions)
                 if n % ranks == rank and n not in done and passes(row, args.min_aesthetic, args.max_aspect, args.min_side)]
         todo.sort(key=lambda job: len(job[1]["caption"]))            # batches of like length
-        device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0))) if args.device == "cuda" else torch.device(args.device)
+        device = choose_device(args.device)
         dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
         llm, tokenizer = load_llm(args.llm, device, dtype)
         with open(args.out / f"part-{rank:05d}.jsonl", "a+") as file:

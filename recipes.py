@@ -63,6 +63,10 @@ RECIPES = {
     "tiny-reca": replace(TINY, ratio={"reca": 2, "image2text": 1}, lr={part: 2e-4 for part in ALL_TINY}, steps=800, batch=48, micro_batch=24, after="tiny-joint", warmup=0.02,
                          image_gradient=0.3, all_hidden=0.2),
 }
+TRAINED_BY = {   # what parts of a model a task's loss depends on
+    "text": {"llm"}, "image2text": {"llm", "mar-encoder"}, "text2image": {"llm", "mar-encoder", "mar-decoder"}, "reca": {"llm", "mar-encoder", "mar-decoder"},
+    "mar": {"mar-encoder", "mar-decoder"}, "reconstruct": {"vae"},
+}
 CHAINS = {"tiny": ("tiny-llm", "tiny-vae", "tiny-mar", "tiny-align", "tiny-joint", "tiny-reca")}
 
 
@@ -84,12 +88,15 @@ def override(recipe, args):
             raise ValueError(f"--only {args.only}: {args.recipe} trains {', '.join(recipe.lr)}")
         recipe = replace(recipe, lr={args.only: recipe.lr[args.only]})
     for key in ("ratio", "lr"):
-        known = {"ratio": ("text", "image2text", "text2image", "reca", "mar", "reconstruct"), "lr": PARTS}[key]
+        known = {"ratio": TRAINED_BY, "lr": PARTS}[key]
         wrong = [k for k, v in getattr(recipe, key).items() if k not in known or v <= 0]
         if wrong:
             raise ValueError(f"--{key}: {wrong[0]!r} must be one of {', '.join(known)}, with a number above 0")
-    if min(recipe.steps, recipe.batch, recipe.micro_batch, recipe.size) < 1:
-        raise ValueError("steps, batch, micro-batch and size must be at least 1")
+    if min(recipe.steps, recipe.batch, recipe.micro_batch, recipe.size, recipe.save_every, recipe.sample_every + 1) < 1:
+        raise ValueError("steps, batch, micro-batch, size and save-every must be at least 1, sample-every at least 0")
+    recipe = replace(recipe, ratio={task: part for task, part in recipe.ratio.items() if TRAINED_BY[task] & set(recipe.lr)})   # a task that nothing learns from has no gradient
+    if not recipe.ratio:
+        raise ValueError(f"--ratio: no task of it trains {', '.join(recipe.lr)}")
     return recipe
 
 

@@ -24,7 +24,7 @@ import weights
 from diffusion_head import SOLVERS
 from fast import MODES, accelerate
 from harmon import Harmon
-from pretrained import auto_dtype
+from pretrained import auto_dtype, choose_device
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -186,7 +186,7 @@ def main(argv=None):
         for path in (args.image, args.mask):
             if path is not None:
                 open_image(path)
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = choose_device(args.device)
         if args.mode == "graphs" and device.type != "cuda":
             raise ValueError(f"--mode graphs captures CUDA graphs; the device is {device}")
         dtype = DTYPES[args.dtype] or auto_dtype(args.model, device)

@@ -213,6 +213,8 @@ class Shapes:
     """`count` scenes of the shapes world, of seed `seed`."""
 
     def __init__(self, seed="train-0", count=40_000):
+        if not isinstance(count, int):
+            raise ValueError(f"count is {count!r}; a whole number is expected")
         self.seed, self.count = seed, count
 
     def __len__(self):
@@ -229,6 +231,9 @@ class ShapesText(Shapes):
 
     def __getitem__(self, i):
         return Sample(f"shapes {self.seed}/{i}", None, turns=lambda rng: shapes.reading_turns(shapes.training_scene(self.seed, i), rng))
+
+
+BUILT_IN = {"shapes": Shapes, "shapes-text": ShapesText}
 
 
 def scan(path):
@@ -279,9 +284,9 @@ def braces(pattern):
 def open_source(path, **options):
     """The source at a path; the format is told from what lies there. options: those of the format's class (images, captions, seed, count)."""
     try:
-        if path in ("shapes", "shapes-text"):
-            return (Shapes if path == "shapes" else ShapesText)(**options)
-        if Path(path).is_dir():
+        if path in BUILT_IN:
+            source = BUILT_IN[path](**options)
+        elif Path(path).is_dir():
             source = ClassFolders(path, **options)
         elif str(path).endswith(".tar"):
             shards = braces(str(path))

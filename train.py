@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=8 --nnodes=4 train.py stage1 --config harmon-1.5b --init-llm Qwen2.5-1.5B --init-mar mar_huge.pth --vae kl16.ckpt --mixture m.json
 
 Runs live in runs/<recipe>; the same command goes on from the last checkpoint. Every micro-batch and every random draw of it is a function of
-(seed, number of the micro-batch), so n steps, a kill and n more give the weights of 2n, bit for bit, and the number of processes changes
-nothing but the order of sums. Ctrl-C and SIGTERM save before they end.
+(seed, number of the micro-batch), so n steps, a kill and n more give the weights of 2n, on the CPU bit for bit, and the number of processes changes
+nothing but the order of sums. Ctrl-C and SIGTERM save before they end; give torchrun time for that (--shutdown-timeout 1800, where it has that flag).
 """
 import argparse
 import contextlib
@@ -16,7 +16,8 @@ import os
 import random
 import signal
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from harmon import Harmon
 from latents import LatentCache, cache_latents
 from monitor import Monitor, plot
 from optim import PARTS, make_optimizer, parameter_groups, schedule
-from pretrained import HarmonConfig, load_tokenizer
+from pretrained import HarmonConfig, choose_device, load_tokenizer
 from recipes import CHAINS, RECIPES, Recipe, accumulation, dry_run, named_numbers, override
 from sources import open_source
 
@@ -96,7 +97,7 @@ def checkpoints(folder):
 def save(folder, step, model, averaged, optimizer, recipe, ranks, keep=2):
     state = model.state_dict()
     content = {"step": step, "config": model.config.to_json(), "model": state, "model_ema": state | averaged, "optimizer": optimizer.state_dict(),
-               "batch": recipe.batch, "micro_batch": recipe.micro_batch, "seed": recipe.seed, "ranks": ranks}
+               "recipe": asdict(recipe), "ranks": ranks}
     for cut_off in folder.glob(".step-*.pt"):   # left by a kill while saving
         cut_off.unlink()
     try:
@@ -135,8 +136,8 @@ def first_model(recipe, args):
         if before is None:
             raise FileNotFoundError(f"{args.runs / recipe.after}: no checkpoint; {args.recipe} starts from {recipe.after}, which must run first, or from --init")
         return model_of(before[1], source=before[0])
-    if not (args.recipe.startswith("tiny") or args.init_llm and args.init_mar and args.vae):
-        raise ValueError(f"{args.recipe} starts from trained weights: give --init, a Harmon model, or --init-llm, --init-mar and --vae")
+    if not (args.recipe.startswith("tiny") or args.init_llm and args.init_mar and args.vae and args.config):
+        raise ValueError(f"{args.recipe} starts from trained weights: give --init, a Harmon model, or --init-llm, --init-mar, --vae and --config")
     torch.manual_seed(recipe.seed)
     model = Harmon(HarmonConfig.of(args.config) if args.config else HarmonConfig.from_name("harmon-tiny"))
     for module, path, prefix in ((model.llm, args.init_llm, "llm."), (model.mar, args.init_mar, "mar."), (model.vae, args.vae, "vae.")):
@@ -145,15 +146,14 @@ def first_model(recipe, args):
     return model
 
 
-def find_tokenizer(model, args):
-    if args.tokenizer:
-        return load_tokenizer(args.tokenizer)
-    if args.init_llm and Path(args.init_llm).is_dir():
-        return load_tokenizer(args.init_llm)
-    file = args.runs / "tokenizer.json"
-    if args.rank == 0 and not file.exists():
+def find_tokenizer(model, folder, recipe, args):
+    """That of --tokenizer, --init-llm or --init; else the run's own, that of the run before, or one made for the shapes world. A run keeps its own beside its checkpoints."""
+    given = args.tokenizer or (args.init_llm if args.init_llm and Path(args.init_llm).is_dir() else None)
+    file, before = folder / "tokenizer.json", args.runs / recipe.after / "tokenizer.json"
+    if args.rank == 0 and (given or model.tokenizer is not None or not file.exists()):
+        tokenizer = load_tokenizer(given) if given else model.tokenizer or (load_tokenizer(before) if recipe.after and before.exists() else train_tokenizer(model.config.llm.vocab_size))
         with weights.replacing(file) as temporary:
-            (model.tokenizer or train_tokenizer(model.config.llm.vocab_size)).save(temporary)
+            tokenizer.save(temporary)
     barrier()   # every process comes here, whether the file was there or not
     return load_tokenizer(file)
 
@@ -184,10 +184,16 @@ def train(name, recipe, args, stop_at=None):
     device, accumulate = args.device, accumulation(recipe, args.ranks)
     found = last_checkpoint(folder)
     step = found[1]["step"] if found else 0
+    if largest(step, device) != -largest(-step, device):
+        raise ValueError(f"{folder}: some processes find a checkpoint of step {step}, others another; --runs must be a folder that all nodes share")
     if step >= last:
+        if args.rank == 0:
+            print(f"{folder}: finished, {step} steps; give another --runs to train anew", file=sys.stderr)
         return found[0]
+    if found and set(found[1]["recipe"]["lr"]) != set(recipe.lr):
+        raise ValueError(f"{folder}: the run has trained {', '.join(sorted(found[1]['recipe']['lr']))} so far; another choice needs another --runs")
     model = model_of(found[1], "model", found[0]) if found else first_model(recipe, args)
-    model.tokenizer = find_tokenizer(model, args)
+    model.tokenizer = find_tokenizer(model, folder, recipe, args)
     model.gradient_into_image = recipe.image_gradient
     model.to(device).train()
 
@@ -197,9 +203,12 @@ def train(name, recipe, args, stop_at=None):
     if found:
         optimizer.load_state_dict(found[1]["optimizer"])
         averaged = {n: found[1]["model_ema"][n].clone().to(device) for n in trained}
-        changed = [f"{key} {found[1][key]} -> {getattr(recipe, key)}" for key in ("batch", "micro_batch", "seed") if found[1][key] != getattr(recipe, key)]
-        if changed:
-            print(f"warning: {', '.join(changed)}: from here the data come in another order than in one run", file=sys.stderr)
+        for p, state in optimizer.optim.state.items() if hasattr(optimizer, "optim") else ():
+            state["step"] = state["step"].to(p.device)     # ZeroRedundancyOptimizer loads it onto the CPU, where the fused AdamW cannot use it
+        changed = {key: f"{key} {value} -> {getattr(recipe, key)}" for key, value in found[1]["recipe"].items() if getattr(recipe, key) != value}
+        if changed and args.rank == 0:
+            order = "; from here the data come in another order than in one run" if {"batch", "micro_batch", "seed", "ratio", "scenes"} & set(changed) else ""
+            print(f"warning: the run goes on with {', '.join(changed.values())}{order}", file=sys.stderr)
     sources = open_mixture(args.mixture) if args.mixture else shapes_world(model, recipe, args)
     for source in sources:
         if source.latents is not None:
@@ -207,12 +216,13 @@ def train(name, recipe, args, stop_at=None):
     batches, ledger = Batches(sources, recipe.ratio, recipe.micro_batch, recipe.size, recipe.seed), Ledger(sources)
 
     losses = outfit(Losses(model, recipe), recipe)
-    wrapped = DistributedDataParallel(losses, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=True) if args.ranks > 1 else losses
+    wrapped = DistributedDataParallel(losses, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=True,
+                                      gradient_as_bucket_view=True) if args.ranks > 1 else losses
 
     # micro-batch a of process r in step s is number (s · accumulate + a) · ranks + r of the run
     numbers = range(step * accumulate * args.ranks + args.rank, last * accumulate * args.ranks, args.ranks)
     loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=numbers, num_workers=args.workers, pin_memory=device.type == "cuda",
-                                              worker_init_fn=leave_interrupts_to_the_trainer))
+                                              worker_init_fn=leave_signals_to_the_trainer))
     monitor = Monitor(folder, name, recipe.ratio, step, last, args.rank, args.ranks)
     stopped, not_finite = [], 0
     handlers = {s: signal.signal(s, lambda *_: stopped.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -239,7 +249,7 @@ def train(name, recipe, args, stop_at=None):
         if not_finite == 10:
             raise ValueError(f"step {step + 1}: ten steps in a row without a finite gradient; the last checkpoint is {checkpoints(folder)[-1:] or 'none'}")
         monitor.step(step + 1, norm, schedule(recipe, step), finite=not not_finite, unusable=sum(ledger.skipped))
-        stop = anywhere(bool(stopped), device)
+        stop = largest(bool(stopped), device)
         if (step + 1) % recipe.save_every == 0 or step + 1 == last or stop:
             if hasattr(optimizer, "consolidate_state_dict"):
                 optimizer.consolidate_state_dict(to=0)
@@ -285,17 +295,19 @@ def update(optimizer, trained, averaged, recipe, step):
     return norm
 
 
-def leave_interrupts_to_the_trainer(_):
+def leave_signals_to_the_trainer(_):
+    """Readers of data go on while a stopping run ends its step: terminals and torchrun signal the whole process group."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgrp()
 
 
-def anywhere(flag, device):
-    """Whether the flag is set in any process."""
+def largest(value, device):
+    """The largest value of all processes'."""
     if not dist.is_initialized():
-        return flag
-    flag = torch.tensor(float(flag), device=device)
-    dist.all_reduce(flag)
-    return flag.item() > 0
+        return value
+    value = torch.tensor(int(value), device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value.item()
 
 
 @torch.no_grad()
@@ -321,20 +333,30 @@ def arguments(argv=None):
     parser.add_argument("--tokenizer", help="tokenizer.json or its folder")
     parser.add_argument("--config", help="sizes for --init-llm and --init-mar, and for --dry-run: harmon-0.5b, harmon-1.5b or a model folder")
     parser.add_argument("--only", choices=PARTS, help="train this part alone")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: cuda when there is one; under torchrun each process has its own")
     parser.add_argument("--workers", type=int, default=None, help="processes that read data, for each process that trains (default: 8 on a GPU, else none)")
     parser.add_argument("--export", type=Path, help="at the end, write the averaged weights there as a model folder, in half precision")
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, with which arithmetic and memory, and stop")
     parser.add_argument("--plot", action="store_true", help="draw the run's losses so far to runs/<recipe>/loss.png, and stop")
     for field in fields(Recipe):
-        kind = {bool: lambda s: {"true": True, "false": False}[s.lower()], dict: named_numbers}.get(field.type, field.type)
+        kind = {bool: truth, dict: named_numbers}.get(field.type, field.type)
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, metavar={bool: "true|false", dict: "NAME=X,…"}.get(field.type, field.type.__name__),
                             help="override the recipe's value")
     args = parser.parse_args(argv)
     args.rank, args.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    args.device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0))) if args.device == "cuda" else torch.device(args.device)
+    try:
+        args.device = choose_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
     args.workers = args.workers if args.workers is not None else 8 if args.device.type == "cuda" else 0
     return args
+
+
+def truth(text):
+    """"true" or "false" -> bool"""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
 
 
 def main():
@@ -347,14 +369,15 @@ def main():
                 dry_run(name, recipe, args) if args.dry_run else print(plot(args.runs / name))
             return
         if args.ranks > 1:
-            dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+            on_gpu = args.device.type == "cuda"
+            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=args.device if on_gpu else None, timeout=timedelta(hours=1))   # a large checkpoint takes long to write
         for name, recipe in recipes.items():
             args.recipe = name
             path = train(name, recipe, args)
             args.init = None
         if args.export and args.rank == 0:
             model = model_of(last_checkpoint(path.parent)[1])
-            model.tokenizer = find_tokenizer(model, args)
+            model.tokenizer = load_tokenizer(path.parent)
             model.save_pretrained(args.export, dtype=torch.float16)
             print(args.export)
     except (ValueError, OSError) as error:

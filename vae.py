@@ -17,7 +17,7 @@ from attention import attention
 @dataclass(frozen=True)
 class VAEConfig:
     ch: int = 128                       # channels of the first level
-    ch_mult: tuple = (1, 1, 2, 2, 4)    # channels of each level, in units of ch; one level fewer than stride-2 steps
+    ch_mult: tuple = (1, 1, 2, 2, 4)    # channels of each level, in units of ch; one level more than stride-2 steps
     z_channels: int = 16                # C
 
     @property

@@ -27,6 +27,8 @@ def read(path):
         index, single = path / "model.safetensors.index.json", path / "model.safetensors"
         if index.is_file():
             return read_sharded(index)
+        if not single.is_file() and any(path.glob("step-*.pt")):
+            raise FileNotFoundError(f"{path}: a run of train.py, no model; the same train.py command with --export FOLDER makes one of it")
         if not single.is_file():
             raise FileNotFoundError(f"{path}: neither model.safetensors nor model.safetensors.index.json is in this folder")
         path = single

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,31 @@ def test_the_table_shows_the_spread():
     row = lambda arm, seed, value: {"arm": arm, "seed": seed, "training_seconds": 60, "steps": 3, "batch": 8, "prompts": 2, "scenes asked about": 2} | {c: value for c in ablate.COLUMNS}  # noqa: E731
     text = ablate.table([row("a", 0, 0.25), row("a", 1, 0.75), row("b", 0, 1.0)])
     assert "| a | 0, 1 | 0.500 (0.250 – 0.750) |" in text and "| b | 0 | 1.000 |" in text
+
+
+def test_what_is_published_is_of_these_runs(tmp_path, monkeypatch):
+    """Scores in docs are no reason not to run; the runs' own are, when every setting is the same."""
+    ran = []
+
+    def run_arm(experiment, arm, seed, steps, batch, runs, prompts, questions):
+        ran.append((arm, seed, prompts))
+        return {"arm": arm, "seed": seed, "training_seconds": 60, "steps": steps, "batch": batch, "prompts": prompts, "scenes asked about": questions} | {c: 0.5 for c in ablate.COLUMNS}
+    monkeypatch.setattr(ablate, "run_arm", run_arm)
+
+    def command(*flags):
+        monkeypatch.setattr("sys.argv", ["ablate.py", "reca", "--runs", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs"), *flags])
+        ablate.main()
+    command("--seeds", "0", "--prompts", "2")
+    assert ran == [("before", 0, 2), ("plain", 0, 2), ("reca", 0, 2)]
+    command("--seeds", "0", "1", "--prompts", "2")
+    assert ran[3:] == [("before", 1, 2), ("plain", 1, 2), ("reca", 1, 2)]
+    command("--seeds", "0", "--prompts", "4")
+    assert ran[6:] == [("before", 0, 4), ("plain", 0, 4), ("reca", 0, 4)], "of other prompts, other scores"
+    assert {r["prompts"] for r in json.loads((tmp_path / "docs" / "ablate-reca.json").read_text())} == {4}
+    assert "--seeds 0 --prompts 4" in (tmp_path / "docs" / "ablate-reca.md").read_text()
+    (tmp_path / "docs" / "ablate-reca.md").unlink()
+    command("--table")
+    assert len(ran) == 9 and "--seeds 0 --prompts 4" in (tmp_path / "docs" / "ablate-reca.md").read_text()
 
 
 def test_nothing_to_show_is_said(tmp_path, monkeypatch, capsys):

@@ -36,6 +36,11 @@ def test_the_parts_are_counted_where_they_run(small):
     assert not {"encode", "decode"} & set(vars(small.mar)), "the wrappers are taken off again"
 
 
+def test_attention_is_counted_on_the_cpu_too():
+    q = torch.randn(2, 4, 10, 8)
+    assert benchmark.flops_of(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * 2 * (2 * 4 * 10 * 10 * 8)
+
+
 def test_packed_layers_are_counted_alike(small):
     model, args = copy.deepcopy(small).bfloat16(), SimpleNamespace(size=None, steps=2, images=1, repeat=1, count=False, mode="packed")
     plain = benchmark.drawing(model, args)

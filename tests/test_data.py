@@ -101,6 +101,9 @@ def test_json_words_in_a_shard(tmp_path):
     ({"path": "images/0.png", "task": "text2image"}, "neither a folder nor"),
     ({"path": "captions", "task": "text2image"}, "no samples in it"),
     ({"path": "shapes", "task": "text2image", "latents": "nothing"}, "no latent cache"),
+    ({"path": "shapes", "task": "text2image", "count": 0}, "no samples in it"),
+    ({"path": "shapes", "task": "text2image", "count": "x"}, "count is 'x'; a whole number"),
+    ({"path": "shapes_photos", "task": "text2image"}, "source 1: .*/shapes_photos: no such file or folder"),
 ])
 def test_a_wrong_mixture_says_what_is_wrong(folder, line, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):

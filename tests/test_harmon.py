@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -210,6 +211,25 @@ def test_a_loss_over_text_alone(small):
     logits = small.llm.logits(small.llm(ids))[0].log_softmax(-1)
     expected = -torch.stack([logits[i - 1, label] for i, label in enumerate(rows[0][1]) if label != -100]).mean()
     assert torch.allclose(loss, expected, atol=1e-5)
+
+
+def test_a_long_loss_over_text_in_parts(small):
+    """Of more than 1,024 labelled positions: the same loss and gradients, computed in parts."""
+    model = copy.deepcopy(small)
+    ids = torch.randint(5, 500, (3, 500), generator=torch.Generator().manual_seed(0))
+    real = torch.ones_like(ids, dtype=torch.bool)
+    model.image2text_loss(None, ids, real, ids).backward()
+    found = {name: p.grad.clone() for name, p in model.llm.named_parameters()}
+    model.zero_grad()
+    logits = model.llm.logits(model.llm(ids, attention_mask=real))[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    assert all(torch.allclose(p.grad, found[name], atol=1e-6) for name, p in model.llm.named_parameters())
+
+
+def test_an_image_wants_a_mask(small):
+    for given in ({"image": Image.new("RGB", (32, 32))}, {"mask": Image.new("RGB", (32, 32))}):
+        with pytest.raises(ValueError, match="image and mask go together"):
+            small.generate_image("a star", **given)
 
 
 def test_mismatched_parts_are_refused():

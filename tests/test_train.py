@@ -230,6 +230,10 @@ def test_stage_one_starts_from_three_files(small, tmp_path):
 def test_only_one_part(tmp_path):
     recipe = recipes.override(RECIPES["finetune"], train.arguments(["finetune", "--only", "mar-decoder", "--steps", "7", "--lr", "mar-decoder=3e-4,llm=1e-5"]))
     assert (recipe.lr, recipe.steps) == ({"mar-decoder": 3e-4}, 7)
+    recipe = recipes.override(RECIPES["stage2"], train.arguments(["stage2", "--only", "mar-decoder"]))
+    assert recipe.ratio == {"text2image": 8}, "answers do not go through the decoder: they would have no gradient"
+    with pytest.raises(ValueError, match="no task of it trains mar-decoder"):
+        recipes.override(RECIPES["stage2"], train.arguments(["stage2", "--only", "mar-decoder", "--ratio", "text=1"]))
 
 
 def test_rates_warm_up_and_end_near_zero():
@@ -303,6 +307,42 @@ def test_latents_of_another_vae_are_refused(small_world, tmp_path, model_folder)
         file.unlink()
     with pytest.raises(ValueError, match="these latents come from another VAE"):
         run(replace(SHORT, steps=1), tmp_path, "--init", model_folder)
+
+
+def test_a_run_keeps_its_own_tokenizer(small_world, tmp_path, model_folder):
+    """A run in the same folder of runs, from a model with other words, is not given those of the run before."""
+    run(replace(SHORT, steps=1), tmp_path, "--init", model_folder)
+    own = train.load_tokenizer(tmp_path / "test").to_str()
+    other = tmp_path / "other"
+    Harmon.from_pretrained(model_folder).save_pretrained(other)
+    (other / "tokenizer.json").write_text(train.train_tokenizer(400).to_str())
+    train.train("second", replace(SHORT, steps=1, after=""), options(tmp_path, "--init", other))
+    assert train.load_tokenizer(tmp_path / "second").get_vocab_size() < train.load_tokenizer(tmp_path / "test").get_vocab_size()
+    train.train("third", replace(SHORT, steps=1, after="second"), options(tmp_path))
+    assert train.load_tokenizer(tmp_path / "third").to_str() == train.load_tokenizer(other).to_str() and train.load_tokenizer(tmp_path / "test").to_str() == own
+
+
+def test_what_is_changed_on_the_way_is_said(small_world, tmp_path, capsys):
+    run(SHORT, tmp_path, stop_at=3)
+    run(replace(SHORT, batch=4, lr={**ALL, "llm": 2e-3}), tmp_path, stop_at=4)
+    said = capsys.readouterr().err
+    assert "batch 8 -> 4" in said and "lr {" in said and "the data come in another order" in said
+    run(replace(SHORT, batch=4, lr={**ALL, "llm": 2e-3}, clip=2.0), tmp_path)
+    said = capsys.readouterr().err
+    assert "clip 1.0 -> 2.0" in said and "batch" not in said and "another order" not in said
+    run(SHORT, tmp_path)
+    assert "finished, 6 steps; give another --runs" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="has trained llm, mar-decoder, mar-encoder so far; another choice needs another --runs"):
+        run(replace(SHORT, lr={"llm": 1e-3}, steps=8), tmp_path)
+
+
+@pytest.mark.parametrize("flags, message", [(("--checkpointing", "yes"), "neither true nor false"), (("--save-every", "0"), "save-every must be at least 1"),
+                                            (("--device", "tpu9"), "--device tpu9"), (("--device", "cuda"), "no CUDA device")])
+def test_wrong_flags_are_named(flags, message):
+    if flags == ("--device", "cuda") and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    done = subprocess.run([sys.executable, "train.py", "tiny", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_samples_are_drawn_and_change_nothing(small_world, tmp_path):

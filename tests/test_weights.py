@@ -208,6 +208,12 @@ except OSError as error:
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
+def test_a_run_of_training_says_how_it_becomes_a_model(tmp_path):
+    torch.save({"step": 1}, tmp_path / "step-000001.pt")
+    with pytest.raises(FileNotFoundError, match="a run of train.py.*--export"):
+        Harmon.from_pretrained(tmp_path)
+
+
 def test_names_of_the_published_sizes():
     big = HarmonConfig.from_name("harmon-1.5b")
     assert (big.llm.num_hidden_layers, big.mar.encoder_depth, big.mar.head_width, big.mar.num_heads) == (28, 20, 1536, 16)
