@@ -128,5 +128,6 @@ def dry_run(name, recipe, args):
         (mar.encoder_depth + mar.decoder_depth, mar.embed_dim), (llm.num_hidden_layers, llm.hidden_size)))
     keep += recipe.micro_batch * tokens * 2 * 34 * max(llm.hidden_size, mar.embed_dim) * recipe.checkpointing
     head = mar.diffusion_batch_mul * recipe.micro_batch * tokens * 2 * mar.head_depth * 8 * mar.head_width
-    rows = {"weights (float32)": 4 * everything, "gradients": 4 * trained, "AdamW": optimizer, "averaged weights": 4 * trained, "activations, roughly": keep + head}
+    words = 10 * min(1024, recipe.micro_batch * recipe.max_length) * llm.vocab_size                # scores of as many positions as Harmon.image2text_loss takes at once
+    rows = {"weights (float32)": 4 * everything, "gradients": 4 * trained, "AdamW": optimizer, "averaged weights": 4 * trained, "activations, roughly": keep + head + words}
     print("  memory per process, estimated: " + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in rows.items()) + f"; in all {sum(rows.values()) / 1e9:.1f} GB")
