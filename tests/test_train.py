@@ -162,13 +162,14 @@ def test_a_full_disk_ends_the_run_and_loses_nothing_saved(small_world, tmp_path,
     assert equal(whole["model"], run(replace(SHORT, save_every=2), tmp_path / "full")["model"])
 
 
-def test_ctrl_c_saves(model_folder, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves(model_folder, tmp_path, number):
     process = subprocess.Popen(command(model_folder, tmp_path, "--steps", "100000", "--save-every", "100000", "--workers", "1"), cwd=ROOT, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     while not (tmp_path / "tiny-joint" / "log.jsonl").exists() or not (tmp_path / "tiny-joint" / "log.jsonl").stat().st_size:
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)                   # as a terminal does: to the readers of data too
+    os.killpg(process.pid, number)                          # as a terminal or torchrun does: to all of the group
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "stopped and saved at step" in errors and "Traceback" not in errors
     assert last_of(tmp_path)["step"] >= 25
