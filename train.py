@@ -155,6 +155,8 @@ def find_tokenizer(model, folder, recipe, args):
         with weights.replacing(file) as temporary:
             tokenizer.save(temporary)
     barrier()   # every process comes here, whether the file was there or not
+    if not file.exists():
+        raise ValueError(f"{file}: process {args.rank} does not see what process 0 wrote; --runs must be a folder that all nodes share")
     return load_tokenizer(file)
 
 
@@ -184,8 +186,6 @@ def train(name, recipe, args, stop_at=None):
     device, accumulate = args.device, accumulation(recipe, args.ranks)
     found = last_checkpoint(folder)
     step = found[1]["step"] if found else 0
-    if largest(step, device) != -largest(-step, device):
-        raise ValueError(f"{folder}: some processes find a checkpoint of step {step}, others another; --runs must be a folder that all nodes share")
     if step >= last:
         if args.rank == 0:
             print(f"{folder}: finished, {step} steps; give another --runs to train anew", file=sys.stderr)
@@ -249,7 +249,7 @@ def train(name, recipe, args, stop_at=None):
         if not_finite == 10:
             raise ValueError(f"step {step + 1}: ten steps in a row without a finite gradient; the last checkpoint is {checkpoints(folder)[-1:] or 'none'}")
         monitor.step(step + 1, norm, schedule(recipe, step), finite=not not_finite, unusable=sum(ledger.skipped))
-        stop = largest(bool(stopped), device)
+        stop = anywhere(bool(stopped), device)
         if (step + 1) % recipe.save_every == 0 or step + 1 == last or stop:
             if hasattr(optimizer, "consolidate_state_dict"):
                 optimizer.consolidate_state_dict(to=0)
@@ -301,13 +301,13 @@ def leave_signals_to_the_trainer(_):
     os.setpgrp()
 
 
-def largest(value, device):
-    """The largest value of all processes'."""
+def anywhere(flag, device):
+    """Whether the flag is set in any process."""
     if not dist.is_initialized():
-        return value
-    value = torch.tensor(int(value), device=device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return value.item()
+        return flag
+    flag = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flag)
+    return flag.item() > 0
 
 
 @torch.no_grad()
