@@ -1,13 +1,14 @@
-"""Fast paths, put on a model from outside: packed weights for bfloat16 on the CPU; CUDA graphs or torch.compile for GPUs.
+"""Fast paths, put on a model from outside: packed weights on the CPU; CUDA graphs or torch.compile for GPUs.
 
-packed: oneDNN reorders a bfloat16 weight to the layout of the processor's matrix instructions each time it is used, which for few rows takes longer than the product.
-Here it is done once.
+packed: a matrix product reorders its weight to the layout of the processor's vector or matrix instructions each time it runs, which for few rows takes longer than
+the product. Here oneDNN does it once.
 
 graphs: eager sampling on a GPU spends most of its time launching small kernels: K steps × 100 diffusion steps × a small MLP. A CUDA graph replays all of them at the
 price of one launch, but wants fixed shapes and addresses. So rows of the head are padded to a power of two, and answers are decoded into a cache of fixed length.
 On other devices the same functions run uncaptured: slower than the plain ones, but so the tests compare them.
 """
 import contextlib
+import platform
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ from llm import MLP as GatedMLP
 from llm import KVCache, rotary
 from mar import MLP
 
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and platform.machine() in ("x86_64", "AMD64")
 MODES = ("auto", "eager", "packed", "graphs", "compiled")
 
 
@@ -27,7 +29,7 @@ def accelerate(model, mode):
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
     if mode == "auto":                                                          # what is measured to win from the first image on
-        mode = "packed" if model.device.type == "cpu" and model.dtype == torch.bfloat16 else "eager"
+        mode = "packed" if packable(model) else "eager"
     if mode == "packed":
         pack(model)
     if mode == "graphs":
@@ -56,10 +58,14 @@ class Packed:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], "none" if activation == "gelu" else "")
 
 
+def packable(model):
+    return ONEDNN and model.device.type == "cpu" and model.dtype in (torch.float32, torch.bfloat16)
+
+
 def pack(model):
-    """Put the weights of a bfloat16 model's linear layers on the CPU into the layout of the matrix instructions, with forwards that take them so. No gradients."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and model.dtype == torch.bfloat16 and model.device.type == "cpu"):
-        return
+    """Put the weights of a model's linear layers into oneDNN's layout, with forwards that take them so. No gradients."""
+    if not packable(model):
+        raise ValueError(f"weights are packed in float32 and bfloat16 on x86 processors; these are {model.dtype} on {model.device}")
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             layer.forward = Packed(layer)

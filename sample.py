@@ -54,7 +54,7 @@ def parse_arguments(argv=None):
     add("--seed", type=int, default=0)
     add("--device", help="cuda, cpu, mps, … (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16, but float32 for small models on the CPU and where that is not slower")
-    add("--mode", choices=MODES, default="auto", help="fast paths: packed (weights for bfloat16 on the CPU), graphs (CUDA), compiled, or eager (none); auto picks what wins")
+    add("--mode", choices=MODES, default="auto", help="fast paths: packed (weights, on x86 processors), graphs (CUDA), compiled, or eager (none); auto picks what wins")
     add("--out", type=Path, default=Path("out"), help="folder for images (default: %(default)s)")
     return parser.parse_args(argv)
 

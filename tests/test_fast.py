@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from fast import Graph, accelerate
+from fast import ONEDNN, Graph, accelerate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -45,10 +45,11 @@ def test_answers_are_the_same(pair):
         assert list(fast.llm.generate(embeds, max_new_tokens=count, eos_token_id=stop)) == expected[:expected.index(stop)]
 
 
+@pytest.mark.skipif(not ONEDNN, reason="weights are packed on x86 only")
 def test_packed_weights_change_nothing(small, tmp_path):
     plain = copy.deepcopy(small).bfloat16()
     fast = accelerate(copy.deepcopy(plain), "auto")
-    assert "forward" in vars(fast.llm.lm_head), "auto packs bfloat16 on the CPU"
+    assert "forward" in vars(fast.llm.lm_head), "auto packs on the CPU"
     for shape in ((1, 1, 32), (2, 7, 32), (300, 32)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
         layer = fast.proj_in[0]
@@ -73,6 +74,28 @@ def test_packed_weights_change_nothing(small, tmp_path):
     for folder, model in (("plain", plain), ("fast", fast)):
         model.save_pretrained(tmp_path / folder)
     assert (tmp_path / "plain/model.safetensors").read_bytes() == (tmp_path / "fast/model.safetensors").read_bytes()
+
+
+@pytest.mark.skipif(not ONEDNN, reason="weights are packed on x86 only")
+def test_packed_float32_differs_by_rounding_alone(small):
+    fast = accelerate(copy.deepcopy(small), "auto")
+    assert fast.llm.model.layers[0].mlp.down_proj.weight.is_mkldnn, "auto packs float32, too"
+    x = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
+    parts = (lambda m: m.proj_in[0], lambda m: m.llm.model.layers[0].mlp, lambda m: m.mar.encoder_blocks[0].mlp, lambda m: m.mar.diffloss.net.res_blocks[0].mlp)
+    with torch.no_grad():
+        assert all(torch.allclose(part(fast)(x), part(small)(x), rtol=1e-4, atol=1e-6) for part in parts)
+    prompt = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    assert list(fast.llm.generate(prompt, max_new_tokens=8)) == list(small.llm.generate(prompt, max_new_tokens=8))
+    a, b = (model.generate_image("a red circle", seed=3, num_iter=2)[0].tobytes() for model in (small, fast))
+    assert max(abs(p - q) for p, q in zip(a, b)) <= 1
+    assert all(torch.equal(fast.state_dict()[name], p) for name, p in small.state_dict().items())
+
+
+def test_what_is_not_packed(small):
+    half = copy.deepcopy(small).half()
+    assert "forward" not in vars(accelerate(half, "auto").llm.lm_head)
+    with pytest.raises(ValueError, match="float16"):
+        accelerate(half, "packed")
 
 
 def test_compiled_gives_the_same(small):
