@@ -67,13 +67,13 @@ def flops_of(run):
     return counter.get_total_flops()
 
 
-def machine(device, dtype):
+def machine(device, dtype, repeat):
     """The machine's rates: FLOP/s of a large matrix product, bytes/s of reading memory."""
     n = 4096 if device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    product = 2 * n ** 3 / timed(lambda: a @ b, device, 5)
-    big = torch.randn(2 ** 28 if device.type == "cpu" else 2 ** 30, device=device)                     # 1 or 4 GB of float32: no cache holds it
-    reading = big.numel() * 4 / timed(big.sum, device, 5)
+    product = 2 * n ** 3 / timed(lambda: a @ b, device, repeat)
+    big = torch.ones(2 ** 28 if device.type == "cpu" else 2 ** 30, device=device)                      # 1 or 4 GB of float32: no cache holds it
+    reading = big.numel() * 4 / timed(big.sum, device, repeat)
     return product, reading
 
 
@@ -237,7 +237,7 @@ def training(model, args):
             loss = losses(task, batch(task, variant, rows))
         loss.backward()
 
-    rows, rate = [], machine(device, torch.bfloat16)[0]
+    rows, rate = [], machine(device, torch.bfloat16, args.repeat)[0]
     for variant in args.variants:
         recipe = replace(RECIPES["stage3"], **VARIANTS[variant])
         tasks = [task for task, count in recipe.ratio.items() for _ in range(count)]
@@ -296,7 +296,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=32, help="of an answer")
     parser.add_argument("--batch", type=int, default=4, help="micro-batch of training")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["plain", "pixels", "checkpointing"], help="of training")
-    parser.add_argument("--repeat", type=int, default=3, help="runs to take the median of; of training, steps")
+    parser.add_argument("--repeat", type=int, default=3, help="runs to take the median of; of training, steps; of the machine's rates, measurements")
     parser.add_argument("--device", help="default: cuda when there is one")
     parser.add_argument("--dtype", type=DTYPES.get, default=torch.float32, metavar="|".join(DTYPES))
     parser.add_argument("--mode", choices=MODES, default="auto", help="fast paths, see fast.py; training is always eager")
@@ -311,7 +311,7 @@ def main():
             if args.model not in SIZES:
                 raise ValueError(f"--count knows {', '.join(SIZES)}; --model is {args.model}")
             args.what, args.repeat = ["draw"], 0
-        product, reading = (float("nan"), float("nan")) if args.count else machine(args.device, args.dtype)
+        product, reading = (float("nan"), float("nan")) if args.count else machine(args.device, args.dtype, args.repeat)
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(args.device)          # machine() takes gigabytes
         device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
