@@ -7,8 +7,9 @@
     python benchmark.py --count --model harmon-1.5b --size 512 --steps 64          # only count; nothing is computed, any size is quick
 
 Each row: median seconds, the arithmetic counted while it ran (torch's FlopCounterMode: matrix products, convolutions, attention; a multiply-add is two), and
-the share of the machine's own rate, that of a large matrix product in the same dtype, measured first. The floor is that arithmetic at that rate. Beside it, the
-weights read, every pass all of a part's, and how long that takes at the memory's bandwidth: the floor of answers, token by token, and of small batches on a GPU.
+the share of the machine's own rate, that of a large matrix product in the same dtype, measured first. The floor is that arithmetic at that rate. With packed weights
+less is possible where the same product is faster with a packed one; that rate is printed too. Beside it, the weights read, every pass all of a part's, and how long
+that takes at the memory's bandwidth: the floor of answers, token by token, and of small batches on a GPU.
 """
 import argparse
 import json
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -27,7 +29,7 @@ from tqdm import tqdm
 
 import train
 import weights
-from fast import MODES, accelerate, uncaptured
+from fast import MODES, Packed, accelerate, packable, uncaptured
 from harmon import GENERATE, IMAGE_TOKEN_ID, UNCONDITIONAL, Harmon
 from monitor import peak_memory
 from optim import make_optimizer, parameter_groups
@@ -68,13 +70,15 @@ def flops_of(run):
 
 
 def machine(device, dtype, repeat):
-    """The machine's rates: FLOP/s of a large matrix product, bytes/s of reading memory."""
+    """The machine's rates: FLOP/s of a large matrix product, plain and (None where fast.py packs nothing) with a packed weight; bytes/s of reading memory."""
     n = 4096 if device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    product = 2 * n ** 3 / timed(lambda: a @ b, device, repeat)
+    rate = lambda multiply: 2 * n ** 3 / timed(lambda: multiply(a), device, repeat)  # noqa: E731
+    product = rate(lambda a: a @ b)
+    packed = rate(Packed(SimpleNamespace(weight=b, bias=None))) if packable(device, dtype) else None
     big = torch.ones(2 ** 28 if device.type == "cpu" else 2 ** 30, device=device)                      # 1 or 4 GB of float32: no cache holds it
     reading = big.numel() * 4 / timed(big.sum, device, repeat)
-    return product, reading
+    return product, packed, reading
 
 
 class Components:
@@ -311,12 +315,13 @@ def main():
             if args.model not in SIZES:
                 raise ValueError(f"--count knows {', '.join(SIZES)}; --model is {args.model}")
             args.what, args.repeat = ["draw"], 0
-        product, reading = (float("nan"), float("nan")) if args.count else machine(args.device, args.dtype, args.repeat)
+        product, packed, reading = (float("nan"), None, float("nan")) if args.count else machine(args.device, args.dtype, args.repeat)
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(args.device)          # machine() takes gigabytes
         device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
         about = {"device": device, "torch": torch.__version__, "dtype": str(args.dtype).removeprefix("torch."), "model": args.model, "size": args.size, "steps": args.steps,
-                 "images": args.images, "mode": args.mode, "GFLOP/s": round(product / 1e9, 1), "GB/s": round(reading / 1e9, 1), "date": time.strftime("%Y-%m-%d")}
+                 "images": args.images, "mode": args.mode, "GFLOP/s": round(product / 1e9, 1), **({"packed GFLOP/s": round(packed / 1e9, 1)} if packed else {}),
+                 "GB/s": round(reading / 1e9, 1), "date": time.strftime("%Y-%m-%d")}
         print(", ".join(f"{k} {v}" for k, v in about.items()) + "\n\n| | seconds | GFLOP | of the machine's rate | floor, s | times the floor | weights read, GB | in s |\n" + "|---" * 8 + "|")
         model, rows = make_model(args), []
         if "train" not in args.what and not args.count:

@@ -29,7 +29,7 @@ def accelerate(model, mode):
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
     if mode == "auto":                                                          # what is measured to win from the first image on
-        mode = "packed" if packable(model) else "eager"
+        mode = "packed" if packable(model.device, model.dtype) else "eager"
     if mode == "packed":
         pack(model)
     if mode == "graphs":
@@ -58,13 +58,13 @@ class Packed:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], "none" if activation == "gelu" else "")
 
 
-def packable(model):
-    return ONEDNN and model.device.type == "cpu" and model.dtype in (torch.float32, torch.bfloat16)
+def packable(device, dtype):
+    return ONEDNN and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
 
 
 def pack(model):
     """Put the weights of a model's linear layers into oneDNN's layout, with forwards that take them so. No gradients."""
-    if not packable(model):
+    if not packable(model.device, model.dtype):
         raise ValueError(f"weights are packed in float32 and bfloat16 on x86 processors; these are {model.dtype} on {model.device}")
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
