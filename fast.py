@@ -29,7 +29,8 @@ def accelerate(model, mode):
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
     if mode == "auto":                                                          # what is measured to win from the first image on
-        mode = "packed" if packable(model.device, model.dtype) else "eager"
+        pays = model.dtype == torch.bfloat16 or model.config.llm.hidden_size >= 512     # small products in float32 are over before oneDNN's have begun
+        mode = "packed" if pays and packable(model.device, model.dtype) else "eager"
     if mode == "packed":
         pack(model)
     if mode == "graphs":
