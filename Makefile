@@ -14,7 +14,7 @@ demo: $(VENV)/run.stamp
 	$(BIN)/python demo.py
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 tests
 
 notebooks: $(VENV)/test.stamp
 	$(BIN)/python notebooks/run.py $(NOTEBOOKS)
