@@ -201,19 +201,19 @@ class DiffusionHead(nn.Module):
             return (mse + bound).mean()
 
     @torch.no_grad()
-    def sample(self, z, *, temperature=1.0, cfg=1.0, noise_fn=None, solver="ancestral", steps=None):
+    def sample(self, z, *, temperature=1.0, cfg=1.0, noise_fn=None, solver="ancestral", num_sampling_steps=None):
         """Draw a token for each condition.
 
         z (M, D), or with cfg != 1 (2M, D) = [conditional; unconditional]. temperature scales the noise added at each step.
         noise_fn(shape) -> tensor gives every Gaussian draw: the start (M, C), then, for the ancestral solver, one for each step but the last.
         solver: "ancestral" (DDPM, learned variance), or "ddim" (2010.02502) and "dpm++" (2M, 2211.01095), which add no noise and need fewer steps.
-        steps: diffusion steps, default sampling_steps. Returns float32 (M, C).
+        num_sampling_steps: default the constructor's sampling_steps. Returns float32 (M, C).
         """
         if solver not in SOLVERS or (temperature != 1 and solver != "ancestral"):
             raise ValueError(f"solver is {solver!r}; known: {', '.join(SOLVERS)}; and only the ancestral one takes a temperature other than 1")
         M = z.shape[0] // (1 if cfg == 1 else 2)
         draw = noise_fn or (lambda shape: torch.randn(shape, device=z.device))
-        process = self.sampling_process if steps is None else Process(steps)
+        process = self.sampling_process if num_sampling_steps is None else Process(num_sampling_steps)
         draws = len(process.timesteps) if solver == "ancestral" else 1
         noise = torch.stack([draw((M, self.token_dim)).to(z.device, torch.float32) for _ in range(draws)])
         time = self.net.time_embed(process.timesteps.to(z.device))              # (S, W)

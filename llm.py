@@ -1,6 +1,6 @@
 """Qwen2.5: the decoder-only language model in the middle of Harmon.
 
-Report: "Qwen2.5 Technical Report" (2412.15115). Equal to transformers' Qwen2ForCausalLM; parameter names are its names.
+Report: "Qwen2.5 Technical Report" (2412.15115). Equal to transformers' Qwen2ForCausalLM, with its parameter names.
 
 Letters: B batch, L tokens of this call, S = cached + L, H width, d = H / heads.
 """
@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from attention import attention
+from torch.nn.functional import scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -25,50 +24,36 @@ class QwenConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True   # lm_head shares the embedding's weight
 
-    @classmethod
-    def from_name(cls, name):
-        """Sizes of a published model: "qwen2.5-0.5b", "-1.5b", "-3b" or "-7b"."""
-        if name not in QWEN_SIZES:
-            raise ValueError(f"unknown language model {name!r}; known: {', '.join(QWEN_SIZES)}")
-        return cls(**QWEN_SIZES[name])
-
-
-QWEN_SIZES = {
-    "qwen2.5-0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2),
-    "qwen2.5-1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2),
-    "qwen2.5-3b": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2),
-    "qwen2.5-7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-                       vocab_size=152064, tie_word_embeddings=False),
-}
-
 
 class KVCache:
-    """Keys and values of the tokens seen so far: a pair of (B, kv_heads, capacity, d) a layer, the first `length` of them filled."""
+    """Keys and values of the tokens so far: one pair (B, kv_heads, S, d) for each layer."""
 
     def __init__(self):
-        self.length, self.layers = 0, []
+        self.layers = []
 
     def append(self, layer, k, v):
-        """New k, v (B, kv_heads, L, d) -> all of them, (B, kv_heads, length + L, d). The model adds L to `length` after its last layer."""
-        end = self.length + k.shape[2]
+        """New k, v (B, kv_heads, L, d) of a layer -> all of its keys and values, (B, kv_heads, S, d)."""
         if layer == len(self.layers):
-            self.layers.append((k[:, :, :0], v[:, :, :0]))
-        if self.layers[layer][0].shape[2] < end:                                # at least double, so that growing costs little
-            more = max(end, 2 * self.layers[layer][0].shape[2])
-            self.layers[layer] = tuple(torch.cat([old[:, :, :self.length], old.new_empty(*old.shape[:2], more - self.length, old.shape[3])], dim=2)
-                                       for old in self.layers[layer])
-        for buffer, new in zip(self.layers[layer], (k, v)):
-            buffer[:, :, self.length:end] = new
-        return tuple(buffer[:, :, :end] for buffer in self.layers[layer])
+            self.layers.append((k, v))
+        else:
+            old_k, old_v = self.layers[layer]
+            self.layers[layer] = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+        return self.layers[layer]
+
+    @property
+    def length(self):
+        """Tokens held, padding included."""
+        return self.layers[0][0].shape[2] if self.layers else 0
 
     def truncate(self, length):
-        self.length = min(self.length, length)
+        self.layers = [(k[:, :, :length], v[:, :, :length]) for k, v in self.layers]
 
 
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
 
     def forward(self, x):
         y = x.float()
@@ -76,67 +61,83 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def rotary(positions, d, theta, dtype):
-    """cos and sin, (B, 1, L, d), of the rotary embedding at integer positions (B, L); computed in float32."""
+def rotary_embedding(positions, d, theta, dtype):
+    """cos and sin, each (B, 1, L, d), of the rotary embedding at positions (B, L); computed in float32."""
     inv_freq = theta ** -(torch.arange(0, d, 2, device=positions.device).float() / d)
-    angle = positions[:, None, :, None].float() * inv_freq                      # (B, 1, L, d/2)
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angles = positions[:, None, :, None].float() * inv_freq                 # (B, 1, L, d/2)
+    angles = torch.cat([angles, angles], dim=-1)                            # (B, 1, L, d)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x, cos, sin):
-    """Half-split layout: channel i is paired with channel i + d/2."""
+def rotate_half(x):
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    return torch.cat([-b, a], dim=-1)
+
+
+def apply_rotary_emb(x, cos, sin):
+    """Rotate x (B, heads, L, d). Half-split layout: channel i is paired with channel i + d/2."""
+    return x * cos + rotate_half(x) * sin
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg):
+    """Grouped-query attention: each key/value head serves heads / kv_heads consecutive query heads."""
+
+    def __init__(self, config):
         super().__init__()
-        self.d, kv = cfg.hidden_size // cfg.num_attention_heads, cfg.num_key_value_heads
-        self.q_proj = nn.Linear(cfg.hidden_size, cfg.hidden_size)
-        self.k_proj = nn.Linear(cfg.hidden_size, kv * self.d)
-        self.v_proj = nn.Linear(cfg.hidden_size, kv * self.d)
-        self.o_proj = nn.Linear(cfg.hidden_size, cfg.hidden_size, bias=False)
+        H = config.hidden_size
+        self.d = H // config.num_attention_heads
+        self.groups = config.num_attention_heads // config.num_key_value_heads
+        self.q_proj = nn.Linear(H, H)
+        self.k_proj = nn.Linear(H, config.num_key_value_heads * self.d)
+        self.v_proj = nn.Linear(H, config.num_key_value_heads * self.d)
+        self.o_proj = nn.Linear(H, H, bias=False)
 
     def forward(self, x, cos, sin, mask, cache, layer):
         B, L, H = x.shape
-        q, k, v = (p(x).view(B, L, -1, self.d).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)                         # (B, heads, L, d), (B, kv_heads, L, d)
+        q = self.q_proj(x).view(B, L, -1, self.d).transpose(1, 2)           # (B, heads, L, d)
+        k = self.k_proj(x).view(B, L, -1, self.d).transpose(1, 2)           # (B, kv_heads, L, d)
+        v = self.v_proj(x).view(B, L, -1, self.d).transpose(1, 2)
+        q = apply_rotary_emb(q, cos, sin)
+        k = apply_rotary_emb(k, cos, sin)
         if cache is not None:
-            k, v = cache.append(layer, k, v)                                    # (B, kv_heads, S, d)
-        y = attention(q, k, v, mask=mask, causal=mask is None)
+            k, v = cache.append(layer, k, v)                                # (B, kv_heads, S, d)
+        k = k.repeat_interleave(self.groups, dim=1)                         # (B, heads, S, d)
+        v = v.repeat_interleave(self.groups, dim=1)
+        y = scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, L, H))
 
 
 class MLP(nn.Module):
-    def __init__(self, cfg):
+    """SwiGLU."""
+
+    def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, cfg):
+    def __init__(self, config):
         super().__init__()
-        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.self_attn = Attention(cfg)
-        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.mlp = MLP(cfg)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
 
-    def forward(self, x, *context):
-        x = x + self.self_attn(self.input_layernorm(x), *context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, cos, sin, mask, cache, layer):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, layer)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
 
 
 class Qwen2(nn.Module):
-    """forward gives hidden states after the final norm; `logits` turns them into scores over the vocabulary."""
+    """`forward` gives hidden states after the final norm; `logits` turns them into scores over the vocabulary."""
 
-    def __init__(self, config=QwenConfig()):
+    def __init__(self, config: QwenConfig = QwenConfig()):
         super().__init__()
         self.config = config
         self.model = nn.Module()
@@ -145,72 +146,61 @@ class Qwen2(nn.Module):
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+        self.init_weights()
 
     def tie_weights(self):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def init_weights(self):
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
     def forward(self, input_ids=None, *, inputs_embeds=None, attention_mask=None, cache=None):
         """input_ids (B, L) int, or inputs_embeds (B, L, H) -> hidden states (B, L, H).
 
-        attention_mask: (B, cached + L) bool, True = real; positions are its cumsum - 1. None: all real. cache: a KVCache,
-        appended to. What padding positions return is finite but means nothing.
+        attention_mask: (B, cached + L) bool, True = real; None: all real. Positions are its cumsum - 1, so padding
+        does not count. cache: a KVCache, appended to. Ignore the outputs at padding positions.
+        Raises ValueError for a mask of another shape.
         """
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        B, L, _ = x.shape
+        B, L, H = x.shape
         past = cache.length if cache is not None else 0
+        S = past + L
         if attention_mask is None:
-            positions, mask = torch.arange(past, past + L, device=x.device).expand(B, L), None
-        else:
-            if attention_mask.shape != (B, past + L):
-                raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; expected (batch, cached + new) = {(B, past + L)}")
-            real = attention_mask.bool()
-            positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]
-            causal = torch.ones(L, past + L, dtype=torch.bool, device=x.device).tril(past)
-            itself = causal & ~causal.tril(past - 1)                            # so that no row is empty, padding or not
-            mask = ((causal & real[:, None]) | itself)[:, None]                 # (B, 1, L, S)
-        cos, sin = rotary(positions, self.config.hidden_size // self.config.num_attention_heads, self.config.rope_theta, x.dtype)
-        for i, layer in enumerate(self.model.layers):
-            x = layer(x, cos, sin, mask, cache, i)
-        if cache is not None:
-            cache.length = past + L
+            attention_mask = torch.ones(B, S, dtype=torch.bool, device=x.device)
+        if attention_mask.shape != (B, S):
+            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; expected (batch, cached + new) = {(B, S)}")
+        attention_mask = attention_mask.bool()
+
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, past:]   # (B, L)
+        cos, sin = rotary_embedding(positions, H // self.config.num_attention_heads, self.config.rope_theta, x.dtype)
+
+        # Every position attends to itself, so softmax is defined on padding rows too.
+        query = torch.arange(past, S, device=x.device)[:, None]             # (L, 1)
+        key = torch.arange(S, device=x.device)                              # (S,)
+        mask = (key <= query) & attention_mask[:, None] | (key == query)    # (B, L, S)
+
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, cos, sin, mask[:, None], cache, layer)
         return self.model.norm(x)
 
-    def logits(self, hidden):
+    def logits(self, hidden_states):
         """(…, H) -> (…, vocab)."""
-        return self.lm_head(hidden)
+        return self.lm_head(hidden_states)
 
     @torch.no_grad()
     def generate(self, inputs_embeds, *, max_new_tokens, eos_token_id=None):
-        """Greedy decoding after inputs_embeds (1, L, H): yields int token ids, at most max_new_tokens, stopping before eos."""
+        """Greedy decoding after inputs_embeds (1, L, H): yields int token ids, at most max_new_tokens, without eos."""
         cache = KVCache()
-        hidden = self(inputs_embeds=inputs_embeds, cache=cache)
+        hidden_states = self(inputs_embeds=inputs_embeds, cache=cache)
         for i in range(max_new_tokens):
-            token = self.logits(hidden[:, -1]).argmax(dim=-1)                   # (1,)
-            if eos_token_id is not None and token.item() == eos_token_id:
+            token = self.logits(hidden_states[:, -1]).argmax(dim=-1)        # (1,)
+            if token.item() == eos_token_id:
                 return
             yield token.item()
             if i + 1 < max_new_tokens:
-                hidden = self(token[:, None], cache=cache)
-
-    @torch.no_grad()
-    def generate_batch(self, input_ids, attention_mask, *, max_new_tokens, eos_token_id):
-        """Greedy decoding of several prompts (B, L), padded on the right (attention_mask (B, L) bool, True = real): a list of B lists of ids, without eos."""
-        cache, real = KVCache(), attention_mask
-        hidden = self(input_ids, attention_mask=real, cache=cache)
-        last = real.sum(dim=1, keepdim=True) - 1                                # (B, 1), each row's last real position
-        hidden = hidden.gather(1, last[..., None].expand(-1, -1, hidden.shape[-1]))
-        said = []
-        for i in range(max_new_tokens):
-            said.append(self.logits(hidden[:, -1]).argmax(dim=-1))              # (B,)
-            if i + 1 == max_new_tokens or (torch.stack(said) == eos_token_id).any(dim=0).all():
-                break
-            real = torch.cat([real, real.new_ones(real.shape[0], 1)], dim=1)
-            hidden = self(said[-1][:, None], attention_mask=real, cache=cache)
-        rows = torch.stack(said, dim=1).tolist()                                # (B, ≤ max_new_tokens)
-        return [row[:row.index(eos_token_id)] if eos_token_id in row else row for row in rows]
+                hidden_states = self(token[:, None], cache=cache)

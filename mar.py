@@ -4,20 +4,22 @@ Paper: "Autoregressive Image Generation without Vector Quantization" (2406.11838
 Parameter names are those of the published MAR checkpoints.
 
 Letters: B batch, h×w token grid, N = h·w tokens, n buffer tokens, V visible tokens, D width, C latent channels.
+A mask is a bool tensor (B, N), True = hidden.
 """
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 
-from attention import attention
-from diffusion_head import DiffusionHead
+from diffusion_head import SOLVERS, DiffusionHead
 
 
 @dataclass(frozen=True)
 class MARConfig:
-    img_size: int = 256            # pixels the position embeddings are made for
+    img_size: int = 256            # pixels for which the position embeddings are made
     vae_stride: int = 16
     embed_dim: int = 768           # D, of encoder and decoder
     encoder_depth: int = 12
@@ -30,168 +32,273 @@ class MARConfig:
     dropout: float = 0.1           # in training: on attention weights, attention output and both mlp layers
     head_depth: int = 6
     head_width: int = 1024
-    diffusion_steps: int = 100     # of the sampler, out of 1000
-    diffusion_batch_mul: int = 4   # draws of (t, noise) a token in training
+    diffusion_steps: int = 100     # S of the sampler, out of 1000
+    diffusion_batch_mul: int = 4   # draws of (t, noise) per token in training
     x0_clip: float | None = None   # see DiffusionHead
 
-    @classmethod
-    def from_name(cls, name):
-        """Sizes of a published model: "mar-base", "mar-large" or "mar-huge" (underscores do as well)."""
-        key = name.replace("_", "-")
-        if key not in MAR_SIZES:
-            raise ValueError(f"unknown MAR size {name!r}; known: {', '.join(MAR_SIZES)}")
-        return cls(**MAR_SIZES[key])
-
     @property
-    def grid(self):
+    def grid(self) -> int:
         """Rows (= columns) of the native token grid."""
         return self.img_size // self.vae_stride
 
 
-MAR_SIZES = {
-    "mar-base": dict(embed_dim=768, encoder_depth=12, decoder_depth=12, num_heads=12, head_depth=6, head_width=1024),
-    "mar-large": dict(embed_dim=1024, encoder_depth=16, decoder_depth=16, num_heads=16, head_depth=8, head_width=1280),
-    "mar-huge": dict(embed_dim=1280, encoder_depth=20, decoder_depth=20, num_heads=16, head_depth=12, head_width=1536),
-}
-
+# ---- the transformer -----------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
     def __init__(self, dim, num_heads, dropout):
         super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
         B, L, D = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)   # each (B, heads, L, d)
-        y = attention(q, k, v, dropout=self.dropout if self.training else 0.0)
-        return F.dropout(self.proj(y.transpose(1, 2).reshape(B, L, D)), self.dropout, self.training)
+        qkv = self.qkv(x).view(B, L, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # each (B, heads, L, D / heads)
+        dropout = self.dropout if self.training else 0.0
+        y = scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        y = y.transpose(1, 2).reshape(B, L, D)
+        return F.dropout(self.proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
-    def __init__(self, dim, hidden, dropout):
+    def __init__(self, dim, hidden_dim, dropout):
         super().__init__()
-        self.fc1, self.fc2, self.dropout = nn.Linear(dim, hidden), nn.Linear(hidden, dim), dropout
+        self.dropout = dropout
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x):
-        x = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
+        x = F.gelu(self.fc1(x))                                             # the exact GELU
+        x = F.dropout(x, self.dropout, self.training)
         return F.dropout(self.fc2(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
     """A pre-norm ViT block."""
 
-    def __init__(self, cfg):
+    def __init__(self, config):
         super().__init__()
-        self.norm1 = nn.LayerNorm(cfg.embed_dim, eps=1e-6)
-        self.attn = Attention(cfg.embed_dim, cfg.num_heads, cfg.dropout)
-        self.norm2 = nn.LayerNorm(cfg.embed_dim, eps=1e-6)
-        self.mlp = MLP(cfg.embed_dim, int(cfg.embed_dim * cfg.mlp_ratio), cfg.dropout)
+        D = config.embed_dim
+        self.norm1 = nn.LayerNorm(D, eps=1e-6)
+        self.attn = Attention(D, config.num_heads, config.dropout)
+        self.norm2 = nn.LayerNorm(D, eps=1e-6)
+        self.mlp = MLP(D, int(D * config.mlp_ratio), config.dropout)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-def sines(grid, width):
-    """(grid², width): sines and cosines of row and column, of wavelengths from 4 tokens to 4 · grid, in equal parts."""
-    n = width // 4
-    frequency = torch.pi / 2 * grid ** (-torch.arange(n) / n)
-    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    angles = [place.flatten()[:, None] * frequency for place in (rows, columns)]              # 2 × (grid², n)
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)] + [torch.zeros(grid ** 2, width - 4 * n)], dim=1)
-
-
-def visible_index(mask):
-    """Positions of the visible tokens, (B, V) int64 in ascending order. mask (B, N): True = hidden, equally many in each row."""
-    hidden = mask.sum(dim=1)
-    if int(hidden.min()) != int(hidden.max()):
-        raise ValueError(f"every row of a mask must hide equally many tokens; these hide {hidden.tolist()}")
-    return mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :mask.shape[1] - int(hidden[0])]
+        x = x + self.mlp(self.norm2(x))
+        return x
 
 
 class MAR(nn.Module):
-    def __init__(self, config=MARConfig()):
+    """An encoder of the visible tokens, a decoder that gives each token a condition, and the diffusion head."""
+
+    def __init__(self, config: MARConfig = MARConfig()):
         super().__init__()
-        self.config = c = config
-        D, n, N = c.embed_dim, c.buffer_size, c.grid ** 2
-        self.class_emb = nn.Embedding(c.class_num, D)                      # of MAR's own pretraining; Harmon does not use it
-        self.fake_latent = nn.Parameter(torch.zeros(1, D))                 # the buffer token
-        self.z_proj, self.z_proj_ln = nn.Linear(c.token_dim, D), nn.LayerNorm(D, eps=1e-6)
+        self.config = config
+        D, n, N = config.embed_dim, config.buffer_size, config.grid ** 2
+
+        self.class_emb = nn.Embedding(config.class_num, D)                  # Harmon does not use it
+        self.fake_latent = nn.Parameter(torch.zeros(1, D))                  # the buffer token without a class
+        self.z_proj = nn.Linear(config.token_dim, D)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, n + N, D))
-        self.encoder_blocks = nn.ModuleList(Block(c) for _ in range(c.encoder_depth))
+        self.z_proj_ln = nn.LayerNorm(D, eps=1e-6)
+        self.encoder_blocks = nn.ModuleList(Block(config) for _ in range(config.encoder_depth))
         self.encoder_norm = nn.LayerNorm(D, eps=1e-6)
+
         self.decoder_embed = nn.Linear(D, D)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, n + N, D))
-        self.decoder_blocks = nn.ModuleList(Block(c) for _ in range(c.decoder_depth))
+        self.decoder_blocks = nn.ModuleList(Block(config) for _ in range(config.decoder_depth))
         self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, N, D))
+
         self.init_weights()
-        self.diffloss = DiffusionHead(c.token_dim, D, c.head_depth, c.head_width, c.diffusion_steps, c.x0_clip)
+        self.diffloss = DiffusionHead(
+            config.token_dim, D, config.head_depth, config.head_width, config.diffusion_steps, config.x0_clip)
 
-    def init_weights(self):
-        """Position embeddings start as sines and cosines of row and column, and in half of the heads queries equal to keys: their attention is local from the start.
+    def encode(self, tokens, mask, grid, labels=None):
+        """The visible tokens and the buffers through the encoder.
 
-        It decides whether a small model learns in minutes to look at its neighbors, or in hours (MAE, 2111.06377; mimetic initialization, 2305.09828).
+        tokens (B, N, C), mask (B, N) with equally many hidden in each row, grid (h, w) -> (B, n + V, D), buffers first.
+        labels (B,) int: the classes that the buffers hold, -1 = none; for a MAR that draws by class.
         """
-        c = self.config
-        for p in (self.class_emb.weight, self.fake_latent, self.mask_token, self.encoder_pos_embed_learned, self.decoder_pos_embed_learned,
-                  self.diffusion_pos_embed_learned):
+        B, n = len(tokens), self.config.buffer_size
+        buffers = self.fake_latent.expand(B, -1)                            # (B, D)
+        if labels is not None:
+            buffers = torch.where(labels[:, None] < 0, buffers, self.class_emb(labels.clamp(min=0)))
+        buffers = buffers[:, None].expand(-1, n, -1)                        # (B, n, D)
+
+        x = torch.cat([buffers, self.z_proj(tokens)], dim=1)                # (B, n+N, D)
+        x = x + self.position_embedding(self.encoder_pos_embed_learned, grid)
+        x = self.z_proj_ln(x)
+        x = x[self.kept(mask)].view(B, -1, x.shape[-1])                     # (B, n+V, D): hidden tokens are dropped
+        for block in self.encoder_blocks:
+            x = block(x)
+        return self.encoder_norm(x)
+
+    def decode(self, x, mask, grid):
+        """x (B, n + V, D), buffers first, mask and grid as in `encode` -> z (B, N, D), conditions of the diffusion head."""
+        B, n = len(x), self.config.buffer_size
+        x = self.decoder_embed(x)
+        keep = self.kept(mask)                                              # (B, n+N)
+        full = self.mask_token.to(x.dtype).repeat(B, keep.shape[1], 1)      # (B, n+N, D)
+        full[keep] = x.flatten(0, 1)
+
+        x = full + self.position_embedding(self.decoder_pos_embed_learned, grid)
+        for block in self.decoder_blocks:
+            x = block(x)
+        x = self.decoder_norm(x)[:, n:]                                     # (B, N, D)
+        return x + self.position_embedding(self.diffusion_pos_embed_learned, grid)
+
+    def kept(self, mask):
+        """Mask (B, N) -> the positions that the encoder keeps (B, n + N), True = kept: all buffers, the visible tokens."""
+        hidden = mask.sum(dim=1)
+        if hidden.min() != hidden.max():
+            raise ValueError(f"every row of a mask must hide equally many tokens; these hide {hidden.tolist()}")
+        return F.pad(~mask, (self.config.buffer_size, 0), value=True)
+
+    def position_embedding(self, table, grid):
+        """A table for the native grid, (1, n + N₀, D) or (1, N₀, D) -> the same for grid (h, w), resized bilinearly."""
+        g, (h, w) = self.config.grid, grid
+        if (h, w) == (g, g):
+            return table
+        buffers, image = table.split([table.shape[1] - g * g, g * g], dim=1)
+        image = image.reshape(1, g, g, -1).permute(0, 3, 1, 2)              # (1, D, g, g)
+        image = F.interpolate(image, size=(h, w), mode="bilinear", align_corners=False)
+        return torch.cat([buffers, image.flatten(2).transpose(1, 2)], dim=1)
+
+    @torch.no_grad()
+    def init_weights(self):
+        """All initialisation but the head's. Position embeddings and queries make attention local from the start."""
+        config, n = self.config, self.config.buffer_size
+        tables = (self.encoder_pos_embed_learned, self.decoder_pos_embed_learned, self.diffusion_pos_embed_learned)
+        for p in (self.class_emb.weight, self.fake_latent, self.mask_token, *tables):
             nn.init.normal_(p, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        with torch.no_grad():
-            for block in [*self.encoder_blocks, *self.decoder_blocks]:
-                q, k, _ = block.attn.qkv.weight.chunk(3)
-                half = c.num_heads // 2 * (c.embed_dim // c.num_heads)
-                k[:half] = nn.init.xavier_uniform_(q, gain=1.13)[:half]
-            place = sines(c.grid, c.embed_dim)
-            for table in (self.encoder_pos_embed_learned, self.decoder_pos_embed_learned):
-                table[:, c.buffer_size:] = place
 
-    def position_embedding(self, table, grid):
-        """table (1, n + N₀, D) or (1, N₀, D) for the native grid -> the same for `grid` = (h, w), resized bilinearly."""
-        g, (h, w) = self.config.grid, grid
-        if (h, w) == (g, g):
-            return table
-        buffers, image = table.split([table.shape[1] - g * g, g * g], dim=1)
-        image = image.reshape(1, g, g, -1).permute(0, 3, 1, 2)             # (1, D, g, g)
-        image = F.interpolate(image, size=(h, w), mode="bilinear", align_corners=False)
-        return torch.cat([buffers, image.flatten(2).transpose(1, 2)], dim=1)
+        # In half of the heads the keys equal the queries, so that a token attends to tokens like itself. A small
+        # model then learns to look at its neighbours within minutes (mimetic initialization, 2305.09828).
+        for block in (*self.encoder_blocks, *self.decoder_blocks):
+            q, k, _ = block.attn.qkv.weight.chunk(3)
+            rows = config.num_heads // 2 * (config.embed_dim // config.num_heads)
+            nn.init.xavier_uniform_(q, gain=1.13)
+            k[:rows] = q[:rows]
 
-    def encode(self, tokens, mask, grid, labels=None, visible=None):
-        """tokens (B, N, C), mask (B, N) bool with True = hidden, grid (h, w) -> (B, n + V, D), buffers first.
+        # Sines of row and column make neighbours alike (MAE, 2111.06377).
+        for table in (self.encoder_pos_embed_learned, self.decoder_pos_embed_learned):
+            table[:, n:] = get_2d_sincos_pos_embed(config.embed_dim, config.grid)
 
-        visible (B, V) int: `visible_index(mask)`, where the caller has it: to find it waits for the device.
-        labels (B,) int: classes that the buffers tell of, -1 = none; only for pretraining a MAR by itself.
-        """
-        B, n = tokens.shape[0], self.config.buffer_size
-        buffers = self.fake_latent.expand(B, -1)                                                 # (B, D)
-        if labels is not None:
-            buffers = torch.where(labels[:, None] < 0, buffers, self.class_emb(labels.clamp(min=0)))
-        x = torch.cat([buffers[:, None].expand(-1, n, -1), self.z_proj(tokens)], dim=1)          # (B, n+N, D)
-        x = self.z_proj_ln(x + self.position_embedding(self.encoder_pos_embed_learned, grid))
-        buffers, image = x[:, :n], x[:, n:]
-        visible = visible_index(mask) if visible is None else visible
-        index = visible[..., None].expand(-1, -1, x.shape[-1])                                   # (B, V, D)
-        x = torch.cat([buffers, image.gather(1, index)], dim=1)                                  # (B, n+V, D)
-        for block in self.encoder_blocks:
-            x = block(x)
-        return self.encoder_norm(x)
 
-    def decode(self, x, mask, grid, visible=None):
-        """x (B, n + V, D), buffers first, mask, grid and visible as in `encode` -> conditions z (B, N, D) for the diffusion head."""
-        n = self.config.buffer_size
-        x = self.decoder_embed(x)
-        index = (visible_index(mask) if visible is None else visible)[..., None].expand(-1, -1, x.shape[-1])
-        image = self.mask_token.to(x.dtype).expand(x.shape[0], mask.shape[1], -1).scatter(1, index, x[:, n:])
-        buffers = x[:, :n]
-        x = torch.cat([buffers, image], dim=1)                                                   # (B, n+N, D)
-        x = x + self.position_embedding(self.decoder_pos_embed_learned, grid)
-        for block in self.decoder_blocks:
-            x = block(x)
-        x = self.decoder_norm(x)[:, n:]                                                          # (B, N, D)
-        return x + self.position_embedding(self.diffusion_pos_embed_learned, grid)
+def get_2d_sincos_pos_embed(embed_dim, grid):
+    """(grid², embed_dim): a quarter each of sin and cos of the row, sin and cos of the column, wavelengths 4 … 4·grid."""
+    n = embed_dim // 4
+    frequencies = torch.pi / 2 * grid ** (-torch.arange(n) / n)             # (n,)
+    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    row_angles = rows.flatten()[:, None] * frequencies                      # (grid², n)
+    column_angles = columns.flatten()[:, None] * frequencies
+    rest = torch.zeros(grid ** 2, embed_dim - 4 * n)                        # widths that 4 does not divide
+    return torch.cat([row_angles.sin(), row_angles.cos(), column_angles.sin(), column_angles.cos(), rest], dim=1)
+
+
+# ---- masks, order and noise of the generation loop -----------------------------------------------------------
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of masked autoregressive generation. Raises ValueError for values outside their ranges."""
+    num_iter: int = 64                      # K ≥ 1, generation steps
+    cfg: float = 3.0                        # w ≥ 0, classifier-free guidance; 1 = off
+    cfg_schedule: str = "constant"          # or "linear": from 1 to cfg as tokens become visible
+    temperature: float = 1.0                # ≥ 0, factor on the noise that the ancestral solver adds
+    num_sampling_steps: int | None = None   # S, diffusion steps per token; None: MARConfig.diffusion_steps
+    solver: str = "ancestral"               # of the diffusion head; or "ddim", "dpm++"
+
+    def __post_init__(self):
+        for name, least in (("num_iter", 1), ("cfg", 0), ("temperature", 0)):
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number from {least} up")
+        if self.cfg_schedule not in ("constant", "linear"):
+            raise ValueError(f"cfg_schedule is {self.cfg_schedule!r}; known: constant, linear")
+        if self.num_sampling_steps is not None and not 1 <= self.num_sampling_steps <= 1000:
+            raise ValueError(f"num_sampling_steps is {self.num_sampling_steps}; it must be from 1 to 1000")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver is {self.solver!r}; known: {', '.join(SOLVERS)}")
+        if self.solver != "ancestral" and self.temperature != 1:
+            raise ValueError(f"temperature scales the noise of the ancestral solver; {self.solver} adds none, "
+                             "so leave temperature at 1")
+
+    def guidance(self, num_masked, num_tokens):
+        """The weight of a step after which num_masked of num_tokens stay masked."""
+        if self.cfg_schedule == "constant" or self.cfg == 1:
+            return self.cfg
+        # The original never counts fewer than one masked token here, also in the last step.
+        return 1 + (self.cfg - 1) * (num_tokens - max(1, num_masked)) / num_tokens
+
+
+def mask_schedule(num_tokens, num_iter):
+    """How many tokens are masked before the first step and after each of them: a cosine from num_tokens to 0.
+
+    If two neighbouring entries are equal, that step draws nothing.
+    """
+    masked = [num_tokens]
+    for k in range(1, num_iter):
+        cosine = math.floor(num_tokens * math.cos(math.pi / 2 * k / num_iter))
+        masked.append(max(1, min(masked[-1] - 1, cosine)))
+    return masked + [0]
+
+
+def random_mask(B, N, ratio=None, device=None):
+    """(B, N), ceil(ratio · N) random tokens hidden in each row. ratio: default MAR's, a normal (1, 0.25) cut to [0.7, 1]."""
+    if ratio is None:
+        low = 0.5 * math.erfc(1.2 / math.sqrt(2))                           # Φ((0.7 - 1) / 0.25)
+        u = low + (0.5 - low) * torch.rand((), dtype=torch.float64)
+        ratio = 1 + 0.25 * float(torch.special.ndtri(u))
+    num_masked = max(1, min(N, math.ceil(ratio * N)))
+    orders = torch.rand(B, N, device=device).argsort(dim=1)
+    return first_masked(orders, num_masked)
+
+
+def first_masked(orders, num_masked):
+    """The mask (B, N) that hides the first num_masked tokens of each order (B, N)."""
+    mask = torch.zeros_like(orders, dtype=torch.bool)
+    return mask.scatter(1, orders[:, :num_masked], True)
+
+
+class Randomness:
+    """Everything random in a generation: the order of the tokens and the diffusion noise.
+
+    generator: a torch.Generator, or a list with one for each image, so that no image depends on its batch.
+    orders (B or more, N) and noise_fn(shape), where given, replace what would be drawn: tests and ports record them.
+    """
+
+    def __init__(self, generator=None, orders=None, noise_fn=None):
+        self.generators = generator if isinstance(generator, (list, tuple)) else None
+        self.generator = None if self.generators else generator
+        self.recorded_orders = orders
+        self.recorded_noise = noise_fn
+
+    def orders(self, B, N):
+        """(B, N) int64: row b's first m entries are the tokens that are masked when m are."""
+        if self.recorded_orders is not None:
+            return self.recorded_orders[:B]
+        generators = self.generators or [self.generator] * B
+        return torch.stack([torch.randperm(N, generator=generator) for generator in generators])
+
+    def noise(self, B, count, C, num_sampling_steps, device):
+        """A noise_fn for the head: `count` tokens of each of B images. All draws are made at once, image by image."""
+        if self.recorded_noise is not None:
+            return self.recorded_noise
+        S = num_sampling_steps
+        if self.generators:
+            draws = [torch.randn(S, count, C, generator=g, device=g.device) for g in self.generators]
+            noise = torch.stack(draws, dim=1)                               # (S, B, count, C)
+        else:
+            where = self.generator.device if self.generator is not None else "cpu"
+            noise = torch.randn(S, B, count, C, generator=self.generator, device=where)
+        noise = iter(noise.to(device).flatten(1, 2))                        # S × (B·count, C)
+        return lambda shape: next(noise)

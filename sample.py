@@ -20,9 +20,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-import weights
+from harmonkit import checkpoints
 from diffusion_head import SOLVERS
-from fast import MODES, accelerate
+from harmonkit.fast import MODES, accelerate
 from harmon import Harmon
 from pretrained import auto_dtype, choose_device
 
@@ -108,7 +108,7 @@ def save_png(path, image, **text):
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, str(value))
-    with weights.replacing(path) as temporary:
+    with checkpoints.atomic_write(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 
 

@@ -28,15 +28,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-import weights
-from data import Batches, Ledger, Source, open_mixture, to_model, train_tokenizer
+from harmonkit import checkpoints
+from harmonkit.data.mixture import Batches, Ledger, Source, open_mixture, to_model, train_tokenizer
 from harmon import Harmon
-from latents import LatentCache, cache_latents
-from monitor import Monitor, plot
-from optim import PARTS, make_optimizer, parameter_groups, schedule
+from harmonkit.data.latents import LatentCache, cache_latents
+from harmonkit.training.monitor import Monitor, plot
+from harmonkit.training.optim import PARTS, make_optimizer, parameter_groups, schedule
 from pretrained import HarmonConfig, choose_device, load_tokenizer
-from recipes import CHAINS, RECIPES, Recipe, accumulation, dry_run, named_numbers, override
-from sources import open_source
+from harmonkit.training.recipes import CHAINS, RECIPES, Recipe, accumulation, dry_run, named_numbers, override
+from harmonkit.data.sources import open_source
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def save(folder, step, model, averaged, optimizer, recipe, ranks, keep=2):
     for cut_off in folder.glob(".step-*.pt"):   # left by a kill while saving
         cut_off.unlink()
     try:
-        with weights.replacing(folder / f"step-{step:06d}.pt") as temporary:
+        with checkpoints.atomic_write(folder / f"step-{step:06d}.pt") as temporary:
             torch.save(content, temporary)
     except (RuntimeError, OSError) as error:    # torch's own message does not speak of the disk
         raise OSError(f"the checkpoint of step {step} could not be written to {folder}; is the disk full? ({error}) "
@@ -139,10 +139,10 @@ def first_model(recipe, args):
     if not (args.recipe.startswith("tiny") or args.init_llm and args.init_mar and args.vae and args.config):
         raise ValueError(f"{args.recipe} starts from trained weights: give --init, a Harmon model, or --init-llm, --init-mar, --vae and --config")
     torch.manual_seed(recipe.seed)
-    model = Harmon(HarmonConfig.of(args.config) if args.config else HarmonConfig.from_name("harmon-tiny"))
+    model = Harmon(checkpoints.find_config(args.config) if args.config else HarmonConfig.from_name("harmon-tiny"))
     for module, path, prefix in ((model.llm, args.init_llm, "llm."), (model.mar, args.init_mar, "mar."), (model.vae, args.vae, "vae.")):
         if path:
-            weights.assign(module, {k.removeprefix(prefix): v for k, v in weights.read(path).items()}, path, device="cpu", dtype=torch.float32)
+            checkpoints.load_strict(module, {k.removeprefix(prefix): v for k, v in checkpoints.read(path).items()}, path, device="cpu", dtype=torch.float32)
     return model
 
 
@@ -152,7 +152,7 @@ def find_tokenizer(model, folder, recipe, args):
     file, before = folder / "tokenizer.json", args.runs / recipe.after / "tokenizer.json"
     if args.rank == 0 and (given or model.tokenizer is not None or not file.exists()):
         tokenizer = load_tokenizer(given) if given else model.tokenizer or (load_tokenizer(before) if recipe.after and before.exists() else train_tokenizer(model.config.llm.vocab_size))
-        with weights.replacing(file) as temporary:
+        with checkpoints.atomic_write(file) as temporary:
             tokenizer.save(temporary)
     barrier()   # every process comes here, whether the file was there or not
     if not file.exists():
@@ -317,7 +317,7 @@ def set_latent_scale(folder, batches, count=125):
     model = model_of(content)
     latents = torch.cat([model.encode(batches[j]["pixels"]) for j in range(count)]) / model.config.vae_scale
     content["config"]["vae_scale"] = round(1 / latents.std().item(), 4)
-    with weights.replacing(path) as temporary:
+    with checkpoints.atomic_write(path) as temporary:
         torch.save(content, temporary)
 
 

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import attention
-
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -61,7 +59,7 @@ class AttnBlock(nn.Module):
         B, c, h, w = x.shape
         y = self.norm(x)
         q, k, v = (f(y).reshape(B, 1, c, h * w).transpose(2, 3) for f in (self.q, self.k, self.v))  # (B, 1, hw, c)
-        y = attention(q, k, v).transpose(2, 3).reshape(B, c, h, w)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, c, h, w)
         return x + self.proj_out(y)
 
 

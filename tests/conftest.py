@@ -7,7 +7,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import train_tokenizer  # noqa: E402
+from harmonkit.data.mixture import train_tokenizer  # noqa: E402
 from harmon import Harmon, HarmonConfig  # noqa: E402
 from llm import QwenConfig  # noqa: E402
 from mar import MARConfig  # noqa: E402

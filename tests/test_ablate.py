@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 from test_train import SHORT, log, options, small_world  # noqa: F401
 
-import ablate
+from harmonkit.scripts import ablate
 import train
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import ROOT, SMALL
 
-import benchmark
+from harmonkit.scripts import benchmark
 import train
-from fast import accelerate
+from harmonkit.fast import accelerate
 
 
 def test_the_parts_are_counted_where_they_run(small):

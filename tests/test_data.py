@@ -12,13 +12,13 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import data
-import sources
-from data import Batches, Ledger, Source, open_mixture, to_model
+from harmonkit.data import mixture as data
+from harmonkit.data import sources
+from harmonkit.data.mixture import Batches, Ledger, Source, open_mixture, to_model
 from harmon import IGNORE_INDEX, IMAGE_TOKEN_ID
-from images import outside_the_rules, squares
-from latents import LatentCache, cache_latents
-from sources import Unusable, open_source
+from harmonkit.images import reject_reason, training_squares
+from harmonkit.data.latents import LatentCache, cache_latents
+from harmonkit.data.sources import SkipSample, open_source
 
 
 def jpeg(color, size=(96, 120)):
@@ -113,14 +113,14 @@ def test_a_wrong_mixture_says_what_is_wrong(folder, line, message):
 def test_image_rules():
     wide = Image.new("RGB", (100, 50))
     wide.paste((255, 0, 0), (0, 0, 50, 50))
-    assert {squares(wide, "text2image", 1, random.Random(i))[0].size for i in range(5)} == {(50, 50)}
-    assert len({squares(wide, "text2image", 1, random.Random(i))[0].getcolors()[0] for i in range(9)}) > 3           # random places
-    assert sorted(squares(wide, "text2image", 0, None)[0].getcolors()) == [(1250, (0, 0, 0)), (1250, (255, 0, 0))]           # the middle
-    padded = squares(wide, "image2text", 1, None)[0]
+    assert {training_squares(wide, "text2image", 1, random.Random(i))[0].size for i in range(5)} == {(50, 50)}
+    assert len({training_squares(wide, "text2image", 1, random.Random(i))[0].getcolors()[0] for i in range(9)}) > 3           # random places
+    assert sorted(training_squares(wide, "text2image", 0, None)[0].getcolors()) == [(1250, (0, 0, 0)), (1250, (255, 0, 0))]           # the middle
+    padded = training_squares(wide, "image2text", 1, None)[0]
     assert padded.size == (100, 100) and padded.getpixel((0, 0)) == (127, 127, 127) and padded.getpixel((0, 50)) == (255, 0, 0)
     for size, task, fine in (((8, 20), "text2image", False), ((9, 20), "text2image", True), ((80, 90), "image2text", False), ((81, 90), "image2text", True),
                              ((100, 1001), "text2image", False), ((100, 1000), "image2text", True)):
-        assert (outside_the_rules(Image.new("RGB", size), task, 256) == "") == fine, (size, task)
+        assert (reject_reason(Image.new("RGB", size), task, 256) == "") == fine, (size, task)
 
 
 def test_images_are_never_cut_but_long_answers_are(small):
@@ -212,7 +212,7 @@ def test_a_shard_that_ends_inside_a_file(tmp_path):
         try:
             source[i].image()
             good.append(i)
-        except Unusable as error:
+        except SkipSample as error:
             assert "000012" in str(error) or "ends too early" in str(error)
     assert good == list(range(12))
 
@@ -237,10 +237,10 @@ def test_broken_lines_and_missing_files_are_named(folder):
     (folder / "llava.jsonl").write_text("\n".join([lines[0], lines[2][:30], '{"image": "0.png"}', json.dumps({"conversations": [{"from": "gpt", "value": "hm"}]})]))
     pairs, llava = mixture(folder, ALL[0], ALL[3])
     for i, reason in ((1, "FileNotFoundError"), (2, "not JSON"), (3, 'no "caption"')):
-        with pytest.raises(Unusable, match=reason):
+        with pytest.raises(SkipSample, match=reason):
             pairs.samples[i].image()
     for i, reason in ((1, "llava.jsonl:2: not JSON"), (2, "no conversations"), (3, "must take turns")):
-        with pytest.raises(Unusable, match=reason):
+        with pytest.raises(SkipSample, match=reason):
             llava.samples[i]
 
 
@@ -260,7 +260,7 @@ def test_cached_latents_are_those_of_the_pixels(small, tmp_path):
         cache_latents(small.encode, source, tmp_path / "cache", 64, crops=2, rank=rank, ranks=2)
     cache = LatentCache(tmp_path / "cache")
     cache.check(small.encode, 64)
-    with pytest.raises(Unusable):
+    with pytest.raises(SkipSample):
         cache.get(3)
     latents = cache.get(5)
     assert latents.shape == (2, 8, 8, 4) and latents.dtype == torch.bfloat16

@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from fast import ONEDNN, Graph, accelerate
+from harmonkit.fast import ONEDNN, Graph, accelerate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

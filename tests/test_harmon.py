@@ -8,13 +8,13 @@ from conftest import SMALL, shake
 from PIL import Image
 
 import harmon
-from data import conversation
-from harmon import END, GENERATE, IMAGE_TOKEN_ID, UNCONDITIONAL, Harmon, HarmonConfig, masking_schedule, pad_to_square, pixels_to_images
+from harmonkit.data.mixture import conversation
+from harmon import END, GENERATE, IMAGE_TOKEN_ID, UNCONDITIONAL, Harmon, HarmonConfig, mask_schedule, pad_to_square, pixels_to_images
 
 
 @pytest.mark.parametrize("N, K", [(256, 64), (16, 1), (16, 16), (16, 50), (1, 3), (30, 7)])
-def test_masking_schedule(N, K):
-    m = masking_schedule(N, K)
+def test_mask_schedule(N, K):
+    m = mask_schedule(N, K)
     assert len(m) == K + 1 and m[0] == N and m[-1] == 0 and all(a >= b for a, b in zip(m, m[1:]))
     assert all(v >= 1 for v in m[:-1])
     if (N, K) == (256, 64):
@@ -65,7 +65,7 @@ def test_every_token_is_drawn_once_in_the_given_order(small):
     ids, real = prompt(small, ["a red circle", UNCONDITIONAL])
     orders, seen = torch.randperm(16)[None], []
     small.sample(ids, real, num_iter=6, orders=orders, generator=torch.Generator().manual_seed(0), on_step=lambda k, tokens, hidden: seen.append((tokens.clone(), hidden)))
-    masked = [m for m in masking_schedule(16, 6)[1:]]
+    masked = [m for m in mask_schedule(16, 6)[1:]]
     for (tokens, hidden), m in zip(seen, masked):
         assert sorted(hidden[0].nonzero()[:, 0].tolist()) == sorted(orders[0, :m].tolist())
         assert (tokens.flatten(1, 2)[0].abs().sum(1) > 0).tolist() == (~hidden[0]).tolist()

@@ -18,7 +18,7 @@ import export  # noqa: E402
 import numpy_harmon as port  # noqa: E402
 import replay  # noqa: E402
 import shapes  # noqa: E402
-from harmon import GENERATE, UNCONDITIONAL, Harmon, HarmonConfig, masking_schedule, pixels_to_images  # noqa: E402
+from harmon import GENERATE, UNCONDITIONAL, Harmon, HarmonConfig, mask_schedule, pixels_to_images  # noqa: E402
 from parameters import load, read_safetensors  # noqa: E402
 from random_weights import random_weight, uniform  # noqa: E402
 
@@ -355,8 +355,8 @@ def test_the_port_draws_the_same_image(tiny):
     ids, real = model.pad([model.prompt_ids(text) for text in texts])
     mine, padding = port.pad(model.tokenizer, [f"{port.USER}{text}{port.END}\n{port.ASSISTANT}" for text in texts])
     assert mine.tolist() == ids.tolist() and padding.tolist() == real.tolist()
-    rng, masked = np.random.default_rng(0), masking_schedule(g * g, K)
-    assert port.masking_schedule(g * g, K) == masked
+    rng, masked = np.random.default_rng(0), mask_schedule(g * g, K)
+    assert port.mask_schedule(g * g, K) == masked
     orders = rng.permutation(g * g)[None]
     noise = [rng.standard_normal((S, a - b, C), np.float32) for a, b in zip(masked, masked[1:])]
     draws = iter(torch.from_numpy(x) for step in noise for x in step)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-import recaption
-import weights
+from harmonkit.scripts import recaption
+from harmonkit import checkpoints
 from llm import Qwen2, QwenConfig
 
 
@@ -23,7 +23,7 @@ def qwen(tmp_path_factory, tokenizer):
         for p in llm.parameters():
             if p.ndim > 1:
                 p.mul_(8)                                     # so that answers differ
-    weights.write(folder / "model.safetensors", {k: v for k, v in llm.state_dict().items() if k != "lm_head.weight"})
+    checkpoints.write(folder / "model.safetensors", {k: v for k, v in llm.state_dict().items() if k != "lm_head.weight"})
     (folder / "config.json").write_text(json.dumps(sizes | {"model_type": "qwen2"}))
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder

@@ -3,8 +3,8 @@ import random
 
 import pytest
 
-import evaluate
-import shapes
+from harmonkit.evals import shapes as evaluate
+from harmonkit.shapes_world import world as shapes
 
 
 @pytest.fixture(scope="module")

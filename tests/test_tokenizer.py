@@ -2,7 +2,7 @@
 import pytest
 from conftest import ROOT, SMALL
 
-from data import train_tokenizer
+from harmonkit.data.mixture import train_tokenizer
 from harmon import END, GENERATE, IMAGE_TOKEN_ID, PAD, UNCONDITIONAL, Harmon, load_tokenizer
 
 START = [151644, 872, 198]                          # <|im_start|>user\n

@@ -12,15 +12,15 @@ import torch
 from conftest import ROOT, SMALL, shake
 from PIL import Image
 
-import monitor
-import optim
-import recipes
-import shapes
+from harmonkit.training import monitor
+from harmonkit.training import optim
+from harmonkit.training import recipes
+from harmonkit.shapes_world import world as shapes
 import train
-import weights
+from harmonkit import checkpoints
 from harmon import Harmon
 from pretrained import HarmonConfig
-from recipes import RECIPES, Recipe
+from harmonkit.training.recipes import RECIPES, Recipe
 
 ALL = {"mar-decoder": 1e-3, "mar-encoder": 1e-3, "llm": 1e-3}
 SHORT = Recipe(ratio={"text2image": 2, "image2text": 1, "text": 1}, lr=ALL, steps=6, batch=8, micro_batch=2, size=64, scenes=20, save_every=3, sample_every=0, warmup=0.3,
@@ -215,7 +215,7 @@ def test_stage_one_starts_from_three_files(small, tmp_path):
     """A Qwen2.5 folder, MAR's checkpoint with raw and averaged weights, a VAE."""
     (tmp_path / "model").mkdir()
     small.save_pretrained(tmp_path / "model")
-    weights.write(tmp_path / "qwen" / "model.safetensors", {k: v for k, v in small.llm.state_dict().items() if k != "lm_head.weight"})
+    checkpoints.write(tmp_path / "qwen" / "model.safetensors", {k: v for k, v in small.llm.state_dict().items() if k != "lm_head.weight"})
     torch.save({"model_ema": small.mar.state_dict(), "model": {k: 0 * v for k, v in small.mar.state_dict().items()}, "epoch": 799}, tmp_path / "mar.pth")
     torch.save({"model": small.vae.state_dict()}, tmp_path / "kl16.ckpt")
     args = train.arguments(["stage1", "--config", str(tmp_path / "model"), "--init-llm", str(tmp_path / "qwen"), "--init-mar", str(tmp_path / "mar.pth"),

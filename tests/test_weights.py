@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, SMALL
 from safetensors.torch import save_file
 
-import weights
+from harmonkit import checkpoints
 from harmon import Harmon, HarmonConfig
 from llm import Qwen2
 from mar import MAR
@@ -116,18 +116,18 @@ def test_parts_from_their_own_checkpoints(state, tmp_path):
     """A Qwen2.5 folder, tied, and a MAR checkpoint, of which the averaged weights are the ones."""
     save_file({k[4:]: v for k, v in state.items() if k.startswith("llm.model.")}, tmp_path / "model.safetensors")
     llm = Qwen2(SMALL.llm)
-    weights.assign(llm, weights.read(tmp_path), tmp_path)
+    checkpoints.load_strict(llm, checkpoints.read(tmp_path), tmp_path)
     assert torch.equal(llm.lm_head.weight, state["llm.model.embed_tokens.weight"])
     mar_state = {k[4:]: v for k, v in state.items() if k.startswith("mar.")}
     torch.save({"model": {k: v + 1 for k, v in mar_state.items()}, "model_ema": mar_state, "epoch": 3}, tmp_path / "checkpoint-last.pth")
     mar = MAR(SMALL.mar)
-    weights.assign(mar, weights.read(tmp_path / "checkpoint-last.pth"), "checkpoint-last.pth")
+    checkpoints.load_strict(mar, checkpoints.read(tmp_path / "checkpoint-last.pth"), "checkpoint-last.pth")
     assert all(torch.equal(v, mar_state[k]) for k, v in mar.state_dict().items())
 
 
 def test_a_pickle_from_before_the_zip_format(state, tmp_path):
     torch.save({"a": torch.ones(3)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    assert torch.equal(weights.read(tmp_path / "old.pth")["a"], torch.ones(3))
+    assert torch.equal(checkpoints.read(tmp_path / "old.pth")["a"], torch.ones(3))
 
 
 def test_wrong_keys_are_named(state, tmp_path):
@@ -139,7 +139,7 @@ def test_wrong_keys_are_named(state, tmp_path):
         broken = dict(state)
         change(broken)
         with pytest.raises(ValueError, match=message) as error:
-            weights.assign(Harmon(SMALL), broken, "some.file")
+            checkpoints.load_strict(Harmon(SMALL), broken, "some.file")
         assert "some.file" in str(error.value)
 
 
@@ -182,7 +182,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
             return (open, (str(tmp_path / "was-here"), "w"))
     torch.save({"a": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match="evil.pth: not a torch checkpoint of plain tensors"):
-        weights.read(tmp_path / "evil.pth")
+        checkpoints.read(tmp_path / "evil.pth")
     assert not (tmp_path / "was-here").exists()
 
 
@@ -198,7 +198,7 @@ import torch, weights
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 try:
-    weights.write({str(tmp_path / "model.safetensors")!r}, {{"a": torch.ones(100000)}})
+    checkpoints.write({str(tmp_path / "model.safetensors")!r}, {{"a": torch.ones(100000)}})
 except OSError as error:
     print("OSError", error)
 """

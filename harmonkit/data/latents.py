@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-import weights
-from images import image_to_pixels, squares
+from harmonkit import checkpoints
+from harmonkit.images import image_to_pixels, training_squares
 from pretrained import HarmonConfig
-from sources import Unusable, usable_image
+from harmonkit.data.sources import SkipSample, usable_image
 from vae import AutoencoderKL, VAEConfig
 
 SHARD = 1000        # samples
@@ -41,7 +41,7 @@ class LatentCache:
     def get(self, index):
         file, rows = open_shard(self.file(self.folder, index // SHARD))
         if index not in rows:
-            raise Unusable(f"{self.folder}:{index}", "was unusable when the latents were cached", bad=False)
+            raise SkipSample(f"{self.folder}:{index}", "was unusable when the latents were cached", bad=False)
         return file.get_slice("latents")[rows[index]]
 
     def check(self, encode, size):
@@ -78,7 +78,7 @@ def cache_latents(encode, source, folder, size, *, crops=2, batch=50, rank=0, ra
     if (folder / "about.json").exists():
         check(folder, json.loads((folder / "about.json").read_text()), encode, size, n)
     elif rank == 0:
-        with weights.replacing(folder / "about.json") as temporary:
+        with checkpoints.atomic_write(folder / "about.json") as temporary:
             Path(temporary).write_text(json.dumps({"size": size, "count": n, "probe": probe(encode)}))
     for shard in tqdm(range(rank, -(-n // SHARD), ranks), desc=f"latents of {source.path}", disable=None, leave=False):
         if LatentCache.file(folder, shard).exists():
@@ -87,9 +87,9 @@ def cache_latents(encode, source, folder, size, *, crops=2, batch=50, rank=0, ra
         for index in range(shard * SHARD, min(n, (shard + 1) * SHARD)):
             try:
                 image = usable_image(source.samples[index], source.task, size)
-                pixels += [image_to_pixels(cut, (size, size)) for cut in squares(image, source.task, crops, random.Random(index))]
+                pixels += [image_to_pixels(cut, (size, size)) for cut in training_squares(image, source.task, crops, random.Random(index))]
                 kept.append(index)
-            except Unusable as error:
+            except SkipSample as error:
                 tqdm.write(f"skipped {error}", file=sys.stderr)
             if len(pixels) >= batch or index + 1 in (n, (shard + 1) * SHARD):
                 latents += [encode(torch.cat(pixels)).to("cpu", torch.bfloat16)] if pixels else []
@@ -97,13 +97,13 @@ def cache_latents(encode, source, folder, size, *, crops=2, batch=50, rank=0, ra
         if not kept:
             raise ValueError(f"{source.path}: not one of samples {shard * SHARD} … {index} is usable")
         latents = torch.cat(latents)
-        weights.write(LatentCache.file(folder, shard), {"latents": latents.unflatten(0, (len(kept), -1)), "index": torch.tensor(kept)})
+        checkpoints.write(LatentCache.file(folder, shard), {"latents": latents.unflatten(0, (len(kept), -1)), "index": torch.tensor(kept)})
 
 
 def vae_encoder(path, device):
     """The encoding half of a VAE file of the official form (kl16.ckpt): pixels (B, 3, S, S) -> scaled latents (B, h, w, C)."""
     with torch.device("meta"):
         vae = AutoencoderKL(VAEConfig())
-    tensors = {k.removeprefix("vae."): v for k, v in weights.read(path).items()}
-    weights.assign(vae, tensors, path, device=device, dtype=torch.float32)
+    tensors = {k.removeprefix("vae."): v for k, v in checkpoints.read(path).items()}
+    checkpoints.load_strict(vae, tensors, path, device=device, dtype=torch.float32)
     return lambda pixels: vae.encode(pixels.to(device)).mode().permute(0, 2, 3, 1) * HarmonConfig.vae_scale

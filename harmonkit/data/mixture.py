@@ -23,13 +23,13 @@ from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-import shapes
-import weights
+from harmonkit.shapes_world import world as shapes
+from harmonkit import checkpoints
 from harmon import ASSISTANT, END, GENERATE, IGNORE_INDEX, PAD, UNCONDITIONAL, USER, Harmon
-from images import image_to_pixels, pixels_to_images, squares
-from latents import LatentCache, cache_latents, vae_encoder
+from harmonkit.images import image_to_pixels, pixels_to_images, training_squares
+from harmonkit.data.latents import LatentCache, cache_latents, vae_encoder
 from pretrained import HarmonConfig, choose_device, load_tokenizer, locate
-from sources import BUILT_IN, Unusable, open_source, usable_image
+from harmonkit.data.sources import BUILT_IN, SkipSample, open_source, usable_image
 
 TASKS = ("text2image", "image2text", "text", "reca", "mar", "reconstruct")   # the last two: of the tiny recipes
 CAPTION_DROP = 0.1                        # of text-to-image samples, for classifier-free guidance
@@ -93,26 +93,26 @@ def open_line(line, folder, where, tasks=TASKS):
 # ---- what the model sees of a sample ---------------------------------------------------------------------------------
 
 def prepare(sample, task, size, rng, cached=None):
-    """Sample -> {"pixels" (1, 3, S, S) or "latents" (1, h, w, C), "turns" [(question, answer or None), …] or "labels" (1,)}. Raises Unusable."""
+    """Sample -> {"pixels" (1, 3, S, S) or "latents" (1, h, w, C), "turns" [(question, answer or None), …] or "labels" (1,)}. Raises SkipSample."""
     row = {}
     if task != "text":
         if cached is not None:
             row["latents"] = cached[rng.randrange(len(cached))][None].float()
         elif sample.image is None:
-            raise Unusable(sample.name, "no image, and the task needs one")
+            raise SkipSample(sample.name, "no image, and the task needs one")
         else:
-            row["pixels"] = image_to_pixels(squares(usable_image(sample, task, size), task, 1, rng)[0], (size, size))
+            row["pixels"] = image_to_pixels(training_squares(usable_image(sample, task, size), task, 1, rng)[0], (size, size))
     if task == "mar":
         row["labels"] = torch.tensor([-1 if rng.random() < CAPTION_DROP else sample.label])
     elif task == "reca":
         row["turns"] = [(DESCRIBE, None)]
     elif task == "text2image":
         if sample.caption is None:
-            raise Unusable(sample.name, "no caption, and the task needs one")
+            raise SkipSample(sample.name, "no caption, and the task needs one")
         row["turns"] = [(UNCONDITIONAL if rng.random() < CAPTION_DROP else GENERATE.format(caption=sample.caption(rng)), None)]
     elif task in ("image2text", "text"):
         if sample.turns is None and sample.caption is None:
-            raise Unusable(sample.name, "neither conversation nor caption")
+            raise SkipSample(sample.name, "neither conversation nor caption")
         row["turns"] = sample.turns(rng) if sample.turns else [(DESCRIBE, sample.caption(rng))]
     return row
 
@@ -221,7 +221,7 @@ class Batches(torch.utils.data.Dataset):
             try:
                 cached = None if source.latents is None else source.latents.get(index)
                 return prepare(source.samples[index], source.task, self.size, rng, cached)
-            except Unusable as error:
+            except SkipSample as error:
                 skipped.append(error)
         raise ValueError(f"{source.path}: no usable sample among {offset + 1}; the last: {skipped[-1]}")
 
@@ -286,7 +286,7 @@ def inspect(sources, model, size, out, check=2000):
                 cached = None if source.latents is None else source.latents.get(int(index))
                 row = prepare(source.samples[int(index)], source.task, size, random.Random(int(index)), cached)
                 lengths.append(len(conversation(model, row["turns"])[0]))
-            except Unusable as error:
+            except SkipSample as error:
                 (bad if error.bad else other).append(error)
         print(f"{source.path}: {source.task}, weight {source.weight:g}, {len(source.samples)} samples; of {len(order)} looked at {len(bad)} bad, {len(other)} outside the rules")
         if lengths:
@@ -341,8 +341,8 @@ def main():
     try:
         if args.command == "inspect":
             with torch.device("meta"):
-                model = Harmon(HarmonConfig.of(args.model))
-            model.tokenizer = load_tokenizer(args.tokenizer or locate(args.model))
+                model = Harmon(checkpoints.find_config(args.model))
+            model.tokenizer = load_tokenizer(args.tokenizer or find_model(args.model))
             print(f"as {args.model} sees them, at {args.size} pixels" + (f", in the words of {args.tokenizer}" if args.tokenizer else ""))
             return inspect(open_mixture(args.mixture), model, args.size, args.out or "out/inspect.png")
         if not args.out:
@@ -358,7 +358,7 @@ def main():
                 line["latents"] = str(i)
             lines.append(line)
         if rank == 0:
-            with weights.replacing(Path(args.out) / "mixture.json") as temporary:
+            with checkpoints.atomic_write(Path(args.out) / "mixture.json") as temporary:
                 Path(temporary).write_text(json.dumps(lines, indent=2) + "\n")
             print(Path(args.out) / "mixture.json")
     except (ValueError, OSError) as error:

@@ -19,10 +19,10 @@ from math import gcd
 from pathlib import Path
 from statistics import mean
 
-import evaluate
+from harmonkit.evals import shapes as evaluate
 import train
-import weights
-from recipes import ALL_TINY, RECIPES
+from harmonkit import checkpoints
+from harmonkit.training.recipes import ALL_TINY, RECIPES
 
 GENTLE = {part: lr / 5 for part, lr in ALL_TINY.items()}
 FINER = {"lr": GENTLE, "ratio": {"text2image": 16, "image2text": 3, "text": 1}}     # in the manner of stage III
@@ -62,7 +62,7 @@ def run_arm(experiment, arm, seed, steps, batch, runs, prompts, questions):
     for i, (name, share, changes) in enumerate(arms[arm]):
         recipe = replace(RECIPES[name], seed=seed, steps=max(1, round(share * steps)), batch=batch, micro_batch=gcd(batch, RECIPES[name].micro_batch), after=str(before.resolve()), **changes)
         mixture = folder / f"mixture-{i}.json"
-        with weights.replacing(mixture) as temporary:
+        with checkpoints.atomic_write(mixture) as temporary:
             Path(temporary).write_text(json.dumps([{"path": "shapes-text" if task == "text" else "shapes", "task": task, "seed": "train-0", "count": recipe.scenes}
                                                    | ({} if task == "text" else {"latents": str((runs / f"latents-0-{recipe.scenes}").resolve())}) for task in recipe.ratio]))
         args = train.arguments([name, "--runs", str(folder), "--mixture", str(mixture), "--tokenizer", str(runs / start)])
@@ -145,10 +145,10 @@ def main():
                     if not any(alike(r) and (r["arm"], r["seed"]) == (arm, seed) for r in results):
                         results.append(run_arm(args.experiment, arm, seed, args.steps, args.batch, args.runs, args.prompts, args.questions))
                         print(json.dumps(results[-1]), flush=True)
-                        with weights.replacing(kept) as temporary:
+                        with checkpoints.atomic_write(kept) as temporary:
                             Path(temporary).write_text(json.dumps(results, indent=1) + "\n")
             results = [r for r in results if alike(r) and r["seed"] in args.seeds]
-            with weights.replacing(published) as temporary:
+            with checkpoints.atomic_write(published) as temporary:
                 Path(temporary).write_text(json.dumps(results, indent=1) + "\n")
         if not results:
             raise ValueError(f"{file}: nothing has been run yet")

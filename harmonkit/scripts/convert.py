@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-import weights
+from harmonkit import checkpoints
 from harmon import Harmon
 from pretrained import locate
 
@@ -36,7 +36,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     try:
-        dtype = getattr(torch, args.dtype) if args.dtype else next(iter(weights.read(locate(args.models[0])).values())).dtype
+        dtype = getattr(torch, args.dtype) if args.dtype else next(iter(checkpoints.read(find_model(args.models[0])).values())).dtype
         exact = dtype if len(args.models) == 1 else torch.float32
         model = mean_of(Harmon.from_pretrained(path, vae=args.vae, tokenizer=args.tokenizer, device="cpu", dtype=exact) for path in args.models)
         if model.tokenizer is None:

@@ -23,10 +23,10 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import shapes
+from harmonkit.shapes_world import world as shapes
 from diffusion_head import SOLVERS
-from harmon import GENERATE, UNCONDITIONAL, Harmon, masking_schedule
-from images import image_to_pixels
+from harmon import GENERATE, UNCONDITIONAL, Harmon, mask_schedule
+from harmonkit.images import image_to_pixels
 
 CATEGORIES = ("one object", "two objects", "counting", "colors", "position", "attribution")
 KIND = dict(zip(CATEGORIES, ("single", "pair", "count", "single", "pair", "pair")))
@@ -184,7 +184,7 @@ def perfect_picture(patches, num_iter, rng):
     n, N = patches.shape[:2]
     same = np.array([[hash(patch.tobytes()) for patch in picture] for picture in patches])         # (n, N)
     order, agree, chosen = rng.permutation(N), np.zeros(n, dtype=int), np.zeros(N, dtype=int)
-    masked = masking_schedule(N, num_iter)
+    masked = mask_schedule(N, num_iter)
     for m, m_next in zip(masked, masked[1:]):
         new = order[N - m:N - m_next]
         chosen[new] = rng.choice(np.flatnonzero(agree == agree.max()), len(new))                   # pictures that fit what is visible, or nearly

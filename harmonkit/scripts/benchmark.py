@@ -28,13 +28,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 import train
-import weights
-from fast import MODES, Packed, accelerate, packable, uncaptured
+from harmonkit import checkpoints
+from harmonkit.fast import MODES, Packed, accelerate, packable, uncaptured
 from harmon import GENERATE, IMAGE_TOKEN_ID, UNCONDITIONAL, Harmon
-from monitor import peak_memory
-from optim import make_optimizer, parameter_groups
+from harmonkit.training.monitor import peak_memory
+from harmonkit.training.optim import make_optimizer, parameter_groups
 from pretrained import HarmonConfig, choose_device
-from recipes import RECIPES
+from harmonkit.training.recipes import RECIPES
 
 SIZES = ("harmon-0.5b", "harmon-1.5b")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -337,7 +337,7 @@ def main():
             about |= {"GB of weights": round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9, 2), "peak GB": round(peak_memory(args.device) / 1e9, 2)}
             print(f"\npeak memory {about['peak GB']} GB, of which {about['GB of weights']} GB are weights")
         if args.out:
-            with weights.replacing(args.out) as temporary:
+            with checkpoints.atomic_write(args.out) as temporary:
                 Path(temporary).write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     except (ValueError, OSError) as error:
         print(f"benchmark.py: {error}", file=sys.stderr)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from harmon import Harmon
-from optim import PARTS, parameter_groups, part_of
+from harmonkit.training.optim import PARTS, parameter_groups, part_of
 from pretrained import HarmonConfig
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def named_numbers(text):
 def dry_run(name, recipe, args):
     """Print the recipe: parameters and learning rates by part, the arithmetic of the batch, an estimate of the memory."""
     with torch.device("meta"):
-        model = Harmon(HarmonConfig.of(args.config or args.init or ("harmon-tiny" if name.startswith("tiny") else "harmon-1.5b")))
+        model = Harmon(checkpoints.find_config(args.config or args.init or ("harmon-tiny" if name.startswith("tiny") else "harmon-1.5b")))
     groups = parameter_groups(model, recipe)
     counts = {part: sum(p.numel() for n, p in model.named_parameters() if part_of(n) == part) for part in PARTS}
     print(f"{name}: {recipe.steps} steps of {recipe.batch} samples, {recipe.size} px, " + " : ".join(f"{task} {part:g}" for task, part in recipe.ratio.items()))

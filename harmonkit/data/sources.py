@@ -6,7 +6,7 @@
     open_source("imagenet/train")                                                                # a folder a class
     open_source("shapes", seed="train-0", count=40000)                                           # the world of shapes.py
 
-`source[i]` is a Sample, or raises Unusable when that one cannot be used. Opening raises ValueError or FileNotFoundError.
+`source[i]` is a Sample, or raises SkipSample when that one cannot be used. Opening raises ValueError or FileNotFoundError.
 """
 import bisect
 import contextlib
@@ -25,14 +25,14 @@ from typing import Callable
 
 from PIL import Image
 
-import shapes
-import weights
-from images import outside_the_rules
+from harmonkit.shapes_world import world as shapes
+from harmonkit import checkpoints
+from harmonkit.images import reject_reason
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
-class Unusable(Exception):
+class SkipSample(Exception):
     """A sample that cannot be used. bad: it is broken, and not merely outside the rules."""
 
     def __init__(self, name, reason, bad=True):
@@ -40,7 +40,7 @@ class Unusable(Exception):
         self.name, self.reason, self.bad = name, reason, bad
 
     def __reduce__(self):  # it crosses process borders
-        return Unusable, (self.name, self.reason, self.bad)
+        return SkipSample, (self.name, self.reason, self.bad)
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,20 @@ class Sample:
 
 
 def picture(name, read):
-    """The RGB image that `read()` opens, fully decoded; Unusable if it cannot be."""
+    """The RGB image that `read()` opens, fully decoded; SkipSample if it cannot be."""
     try:
         with read() as image:
             return image.convert("RGB")
     except Exception as error:  # Pillow raises many types on corrupt files
-        raise Unusable(name, f"{type(error).__name__}: {error}") from None
+        raise SkipSample(name, f"{type(error).__name__}: {error}") from None
 
 
 def usable_image(sample, task, size):
     """The sample's image, if the task can use it."""
     image = sample.image()
-    reason = outside_the_rules(image, task, size)
+    reason = reject_reason(image, task, size)
     if reason:
-        raise Unusable(sample.name, reason, bad=False)
+        raise SkipSample(sample.name, reason, bad=False)
     return image
 
 
@@ -74,21 +74,21 @@ def parse(name, text):
     try:
         return json.loads(text)
     except ValueError as error:
-        raise Unusable(name, f"not JSON ({error})") from None
+        raise SkipSample(name, f"not JSON ({error})") from None
 
 
 def text_of(name, path):
     try:
         return Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise Unusable(name, f"{type(error).__name__}: {error}") from None
+        raise SkipSample(name, f"{type(error).__name__}: {error}") from None
 
 
 def caption_of(name, content):
     """The caption of a parsed JSON file."""
     caption = content.get("caption") if isinstance(content, dict) else None
     if not isinstance(caption, str) or not caption.strip():
-        raise Unusable(name, 'no "caption" in it')
+        raise SkipSample(name, 'no "caption" in it')
     return caption.strip()
 
 
@@ -97,10 +97,10 @@ def turns_of(name, conversations):
     try:
         said = [(turn["from"], turn["value"].replace("<image>", "").strip()) for turn in conversations]
     except (TypeError, KeyError, AttributeError):
-        raise Unusable(name, 'its "conversations" are not a list of {from, value}') from None
+        raise SkipSample(name, 'its "conversations" are not a list of {from, value}') from None
     speakers = [speaker for speaker, _ in said]
     if not said or len(said) % 2 or speakers != ["human", "gpt"] * (len(said) // 2) or not all(text for _, text in said):
-        raise Unusable(name, f"human and gpt must take turns and say something; here: {', '.join(speakers) or 'nobody'}")
+        raise SkipSample(name, f"human and gpt must take turns and say something; here: {', '.join(speakers) or 'nobody'}")
     return [(question[1], answer[1]) for question, answer in zip(said[::2], said[1::2])]
 
 
@@ -124,7 +124,7 @@ class Pairs:
         try:
             image, annotation = self.images / self.entries[i]["image"], self.captions / self.entries[i]["annotation"]
         except (TypeError, KeyError):
-            raise Unusable(f"entry {i}", "not {image, annotation}") from None
+            raise SkipSample(f"entry {i}", "not {image, annotation}") from None
         caption = caption_of(annotation, parse(annotation, text_of(annotation, annotation)))
         return Sample(str(image), lambda: picture(image, lambda: Image.open(image)), constant(caption))
 
@@ -142,7 +142,7 @@ class Conversations:
         name = f"{self.path}:{i + 1}"
         entry = parse(name, self.entries[i]) if isinstance(self.entries[i], str) else self.entries[i]
         if not isinstance(entry, dict) or "conversations" not in entry:
-            raise Unusable(name, "no conversations in it")
+            raise SkipSample(name, "no conversations in it")
         turns = turns_of(name, entry["conversations"])
         if not entry.get("image"):
             return Sample(name, None, turns=constant(turns))
@@ -186,7 +186,7 @@ class Shards:
         name = f"{path}:{stem.lstrip('/')}"
         image = next((s for s in PICTURES if s in members), None)
         if image is None and ".json" not in members:
-            raise Unusable(name, "no image and no .json in it")
+            raise SkipSample(name, "no image and no .json in it")
         read = lambda suffix: self.read(path, name, *members[suffix])  # noqa: E731
         caption = turns = None
         if ".json" in members:
@@ -196,7 +196,7 @@ class Shards:
         elif ".txt" in members:
             caption = read(".txt").decode(errors="replace").strip()
         else:
-            raise Unusable(name, "neither .txt nor .json beside the image")
+            raise SkipSample(name, "neither .txt nor .json beside the image")
         return Sample(name, image and (lambda: picture(name, lambda: Image.open(io.BytesIO(read(image))))), constant(caption), constant(turns))
 
     @staticmethod
@@ -205,7 +205,7 @@ class Shards:
             file.seek(offset)
             content = file.read(size) if size >= 0 else b""
         if len(content) != size:
-            raise Unusable(name, "the shard ends inside it")
+            raise SkipSample(name, "the shard ends inside it")
         return content
 
 
@@ -265,7 +265,7 @@ def shard_index(path, count_only=False):
             if head["shard"] == state:
                 return head["count"] if count_only else [json.loads(line) for line in lines]
     samples = scan(path)
-    with contextlib.suppress(OSError), weights.replacing(file) as temporary:
+    with contextlib.suppress(OSError), checkpoints.atomic_write(file) as temporary:
         Path(temporary).write_text("".join(json.dumps(row) + "\n" for row in [{"shard": state, "count": len(samples)}, *samples]))
     return len(samples) if count_only else samples
 

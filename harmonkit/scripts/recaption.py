@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import weights
+from harmonkit import checkpoints
 from llm import Qwen2, QwenConfig
 from pretrained import END, choose_device, load_tokenizer, read_json
 
@@ -48,7 +48,7 @@ def load_llm(folder, device, dtype):
         raise ValueError(f"{folder / 'config.json'}: not a Qwen2.5 configuration ({error})") from None
     with torch.device("meta"):
         llm = Qwen2(config)
-    weights.assign(llm, weights.read(folder), folder, device=device, dtype=dtype)
+    checkpoints.load_strict(llm, checkpoints.read(folder), folder, device=device, dtype=dtype)
     llm.tie_weights()
     return llm.eval(), load_tokenizer(folder)
 
