@@ -1,9 +1,9 @@
 """Diffusion head: a small MLP that turns one decoder vector into a sample of one latent token.
 
-Paper: "Autoregressive Image Generation without Vector Quantization" (MAR, 2406.11838), section 3; its SimpleMLPAdaLN.
-Diffusion: "Improved DDPM" (2102.09672), cosine schedule and learned variance. Parameter names are MAR's (`diffloss.net.…`).
+Paper: "Autoregressive Image Generation without Vector Quantization" (MAR, 2406.11838), section 3: SimpleMLPAdaLN.
+Diffusion: "Improved DDPM" (2102.09672), cosine schedule and learned variance. Parameter names are MAR's.
 
-Letters: M tokens (rows), C latent channels, D conditioning width, W head width, T = 1000 training steps, S sampling steps.
+Letters: M tokens (rows), C latent channels, D condition width, W head width, T = 1000 training steps, S sampling steps.
 """
 import math
 
@@ -15,51 +15,55 @@ from torch import nn
 T = 1000
 
 
-# ---- the network -----------------------------------------------------------------------------------------------------
-
-class TimestepEmbedder(nn.Module):
-    def __init__(self, width, frequencies=256):
-        super().__init__()
-        self.half = frequencies // 2
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t):                                                       # (M,)
-        i = torch.arange(self.half, dtype=torch.float32, device=t.device)
-        angle = t[:, None].float() * torch.exp(-math.log(10000) / self.half * i)
-        features = torch.cat([angle.cos(), angle.sin()], dim=1)                 # (M, 256)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))                  # (M, W)
-
+# ---- the network ---------------------------------------------------------------------------------------------
 
 def modulate(x, shift, scale):
-    """(1 + scale) · x + shift, in two operations: the sampler does this 700 times a token."""
-    return torch.addcmul(x + shift, x, scale)
+    return x * (1 + scale) + shift
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, width, num_features=256):
+        super().__init__()
+        self.num_features = num_features
+        self.mlp = nn.Sequential(nn.Linear(num_features, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):                                                   # (M,)
+        half = self.num_features // 2
+        i = torch.arange(half, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(10000) / half * i)                # (128,)
+        angles = t[:, None].float() * frequencies                           # (M, 128)
+        features = torch.cat([angles.cos(), angles.sin()], dim=1)           # (M, 256)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))              # (M, W)
 
 
 class ResBlock(nn.Module):
+    """A residual MLP block with adaptive layer norm: shift, scale and gate come from time and condition."""
+
     def __init__(self, width):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
-    def forward(self, x, modulation):                                           # (M, W), (M, 3W)
-        shift, scale, gate = modulation.chunk(3, dim=1)
-        return torch.addcmul(x, gate, self.mlp(modulate(self.in_ln(x), shift, scale)))
+    def forward(self, x, y):                                                # (M, W), (M, W)
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=1)
+        return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
 
 
 class FinalLayer(nn.Module):
     def __init__(self, width, out_dim):
         super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(width, out_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x, modulation):                                           # (M, W), (M, 2W)
-        shift, scale = modulation.chunk(2, dim=1)
-        return self.linear(modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale))
+    def forward(self, x, y):                                                # (M, W), (M, W)
+        shift, scale = self.adaLN_modulation(y).chunk(2, dim=1)
+        return self.linear(modulate(self.norm(x), shift, scale))
 
 
 class SimpleMLPAdaLN(nn.Module):
-    """x (M, C) noisy tokens, t (M,) steps of the 1000, z (M, D) conditions -> (M, 2C): noise ε and variance mix v."""
+    """x (M, C) noisy tokens, t (M,) steps of the 1000, z (M, D) conditions -> (M, 2C): the noise ε, the variance mix v."""
 
     def __init__(self, token_dim, cond_dim, depth, width):
         super().__init__()
@@ -68,59 +72,98 @@ class SimpleMLPAdaLN(nn.Module):
         self.input_proj = nn.Linear(token_dim, width)
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * token_dim)
+        self.init_weights()
 
     def forward(self, x, t, z):
-        return self.denoise(x, self.modulations(self.time_embed(t) + self.cond_embed(z)))
+        x = self.input_proj(x.to(self.input_proj.weight.dtype))             # (M, W)
+        y = self.time_embed(t) + self.cond_embed(z)                         # (M, W)
+        for block in self.res_blocks:
+            x = block(x, y)
+        return self.final_layer(x, y)                                       # (M, 2C)
 
-    def modulations(self, y):
-        """y (…, W) = time + condition -> shift, scale and gate of each block (…, 3W), shift and scale of the final layer (…, 2W).
-
-        They do not depend on x, so the sampler computes them for many diffusion steps at once: 60% of the arithmetic, in large products.
-        """
-        y = F.silu(y)                                                           # the first layer of every adaLN_modulation, once for all
-        return [layer.adaLN_modulation[1](y) for layer in (*self.res_blocks, self.final_layer)]
-
-    def denoise(self, x, modulations):
-        x = self.input_proj(x.to(self.input_proj.weight.dtype))                 # (M, W)
-        for block, modulation in zip(self.res_blocks, modulations):
-            x = block(x, modulation)
-        return self.final_layer(x, modulations[-1])                             # (M, 2C)
+    def init_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.time_embed.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.time_embed.mlp[2].weight, std=0.02)
+        # Modulations and output start at zero: every block is the identity, and the head predicts ε = 0.
+        for layer in (*self.res_blocks, self.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
 
 
-# ---- the diffusion process -------------------------------------------------------------------------------------------
+# ---- the diffusion process -----------------------------------------------------------------------------------
 
 def cosine_alphas_cumprod():
-    """ᾱ_0 … ᾱ_999, float64."""
-    abar = lambda t: math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2  # noqa: E731
-    betas = [min(1 - abar(t + 1) / abar(t), 0.999) for t in range(T)]
-    return np.cumprod(1 - np.array(betas))
+    """ᾱ_0 … ᾱ_999 of the cosine schedule, float64."""
+    t = np.arange(T + 1) / T
+    alpha_bar = np.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+    betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    return np.cumprod(1 - betas)
 
 
-class Process:
-    """The constants of a (respaced) diffusion process with `steps` of the T steps, each a float32 tensor (steps,)."""
+class GaussianDiffusion:
+    """A diffusion process with S of the T steps, evenly spaced. Constants are float32 arrays (S,), indexed by step."""
 
-    def __init__(self, steps):
-        if not 1 <= steps <= T:
-            raise ValueError(f"{steps} diffusion steps are asked for; expected 1 to {T}")
-        stride = (T - 1) / (steps - 1) if steps > 1 else 1
-        timesteps = np.array([round(i * stride) for i in range(steps)])
-        abar = cosine_alphas_cumprod()[timesteps]
-        before = np.append(1.0, abar[:-1])                           # ᾱ of the step before; 1 ahead of the first
-        beta = 1 - abar / before
-        variance = beta * (1 - before) / (1 - abar)                  # β̃, of q(x_{t-1} | x_t, x_0)
-        variance[0] = variance[min(1, steps - 1)]                    # it is 0 at t = 0, and its log is needed
-        self.timesteps = torch.from_numpy(timesteps)                 # what the network is told, int64
-        table = dict(
-            signal=abar ** 0.5, noise=(1 - abar) ** 0.5,             # x_t = signal·x_0 + noise·ε
-            x0_from_xt=abar ** -0.5, x0_from_eps=(1 / abar - 1) ** 0.5,
-            mean_from_x0=beta * before ** 0.5 / (1 - abar), mean_from_xt=(1 - before) * (abar / before) ** 0.5 / (1 - abar),
-            log_beta=np.log(beta), log_variance=np.log(np.maximum(variance, 1e-300)))
-        self.table = {name: torch.from_numpy(values).float() for name, values in table.items()}
-        self.scalars = [{name: column[i].item() for name, column in self.table.items()} for i in range(steps)]
+    def __init__(self, num_steps=T):
+        if not 1 <= num_steps <= T:
+            raise ValueError(f"{num_steps} diffusion steps are asked for; expected 1 to {T}")
+        stride = (T - 1) / max(1, num_steps - 1)
+        timesteps = np.array([round(i * stride) for i in range(num_steps)])
+        alphas_cumprod = cosine_alphas_cumprod()[timesteps]
+        alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
+        betas = 1 - alphas_cumprod / alphas_cumprod_prev
+        posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
+        # β̃ is 0 at the first step; use the second step's value so that its log is finite.
+        posterior_variance[0] = posterior_variance[min(1, num_steps - 1)]
+        posterior_variance = np.maximum(posterior_variance, 1e-300)         # S = 1 has no second step
 
-    def at(self, t, *names):
-        """The named constants at steps t (M,) as columns (M, 1) on t's device."""
-        return [self.table[name].to(t.device)[t][:, None] for name in names]
+        def constant(values):
+            return torch.from_numpy(values).float()
+        self.num_steps = num_steps
+        self.timesteps = torch.from_numpy(timesteps)                        # of the 1000, for the network; int64
+        self.sqrt_alphas_cumprod = constant(np.sqrt(alphas_cumprod))
+        self.sqrt_one_minus_alphas_cumprod = constant(np.sqrt(1 - alphas_cumprod))
+        self.sqrt_recip_alphas_cumprod = constant(np.sqrt(1 / alphas_cumprod))
+        self.sqrt_recipm1_alphas_cumprod = constant(np.sqrt(1 / alphas_cumprod - 1))
+        self.posterior_mean_coef1 = constant(betas * np.sqrt(alphas_cumprod_prev) / (1 - alphas_cumprod))
+        self.posterior_mean_coef2 = constant(
+            (1 - alphas_cumprod_prev) * np.sqrt(alphas_cumprod / alphas_cumprod_prev) / (1 - alphas_cumprod))
+        self.log_betas = constant(np.log(betas))
+        self.posterior_log_variance = constant(np.log(posterior_variance))
+
+    # In all of these t is a step of this process: an int, the same for all rows, or an int64 tensor (M,).
+
+    def at(self, constants, t, x):
+        """The constants at t, to be multiplied with x (M, C)."""
+        return constants[t].item() if isinstance(t, int) else constants.to(x.device)[t][:, None]
+
+    def q_sample(self, x0, t, noise):
+        """x_t = √ᾱ x_0 + √(1 - ᾱ) noise."""
+        return (self.at(self.sqrt_alphas_cumprod, t, x0) * x0
+                + self.at(self.sqrt_one_minus_alphas_cumprod, t, x0) * noise)
+
+    def predict_x0(self, x_t, t, eps):
+        """x_0 = x_t / √ᾱ - √(1/ᾱ - 1) ε."""
+        return (self.at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t
+                - self.at(self.sqrt_recipm1_alphas_cumprod, t, x_t) * eps)
+
+    def q_posterior_mean(self, x0, x_t, t):
+        """The mean of q(x_{t-1} | x_t, x_0)."""
+        return self.at(self.posterior_mean_coef1, t, x_t) * x0 + self.at(self.posterior_mean_coef2, t, x_t) * x_t
+
+    def log_variance(self, v, t):
+        """The learned log variance: v = -1 gives the posterior's, v = 1 gives log β."""
+        fraction = (v + 1) / 2
+        return (fraction * self.at(self.log_betas, t, v)
+                + (1 - fraction) * self.at(self.posterior_log_variance, t, v))
+
+
+def gaussian_kl(mean1, logvar1, mean2, logvar2):
+    """KL divergence of two Gaussians, in nats."""
+    return 0.5 * (logvar2 - logvar1 - 1 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
 
 
 def normal_cdf(u):
@@ -131,146 +174,143 @@ def normal_cdf(u):
 def discretized_nll(x, mean, logvar):
     """-log probability of the bin x ± 1/255 under a Gaussian, in nats; the outermost bins are open."""
     inv_std = torch.exp(-0.5 * logvar)
-    upper, lower = normal_cdf(inv_std * (x - mean + 1 / 255)), normal_cdf(inv_std * (x - mean - 1 / 255))
-    p = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
-    return -p.clamp(min=1e-12).log()
+    upper = normal_cdf(inv_std * (x - mean + 1 / 255))
+    lower = normal_cdf(inv_std * (x - mean - 1 / 255))
+    probability = torch.where(x > 0.999, 1 - lower, upper - lower)
+    probability = torch.where(x < -0.999, upper, probability)
+    return -probability.clamp(min=1e-12).log()
 
 
-def gaussian_kl(mean1, logvar1, mean2, logvar2):
-    return 0.5 * (logvar2 - logvar1 - 1 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
+# ---- samplers: x_T -> x_0, from the prediction (x_0, v) at each step -------------------------------------------
+
+def ancestral(predict, diffusion, draw_noise, temperature):
+    """DDPM: draw x_{t-1} from q(x_{t-1} | x_t, x_0) with the predicted x_0 and the learned variance."""
+    x = draw_noise()
+    for i in reversed(range(diffusion.num_steps)):
+        x0, v = predict(x, i)
+        x = diffusion.q_posterior_mean(x0, x, i)
+        if i > 0:                                                           # no noise at the last step
+            std = torch.exp(0.5 * diffusion.log_variance(v, i))
+            x = x + std * draw_noise() * temperature
+    return x
 
 
-def mix(v, log_beta, log_variance):
-    """The learned log variance: v = -1 gives the posterior's, v = 1 gives log β_t."""
-    f = (v + 1) / 2
-    return f * log_beta + (1 - f) * log_variance
+def ddim(predict, diffusion, draw_noise, temperature):
+    """DDIM (2010.02502) without noise: the start decides."""
+    return dpm_solver(predict, diffusion, draw_noise(), order=1)
 
+
+def dpmpp(predict, diffusion, draw_noise, temperature):
+    """DPM-Solver++(2M), 2211.01095: second order by the x_0 of the step before."""
+    return dpm_solver(predict, diffusion, draw_noise(), order=2)
+
+
+def dpm_solver(predict, diffusion, x, order):
+    """Algorithm 2 of 2211.01095, in x_0; of order 1 it is DDIM."""
+    alphas, sigmas = diffusion.sqrt_alphas_cumprod.tolist(), diffusion.sqrt_one_minus_alphas_cumprod.tolist()
+    last_x0, last_h = None, None
+    for i in reversed(range(1, diffusion.num_steps)):
+        x0, _ = predict(x, i)
+        h = math.log(alphas[i - 1] / sigmas[i - 1]) - math.log(alphas[i] / sigmas[i])
+        target = x0
+        if order == 2 and last_x0 is not None:
+            target = x0 + h / (2 * last_h) * (x0 - last_x0)
+        x = sigmas[i - 1] / sigmas[i] * x - alphas[i - 1] * math.expm1(-h) * target
+        last_x0, last_h = x0, h
+    x0, _ = predict(x, 0)
+    return x0
+
+
+SOLVERS = {"ancestral": ancestral, "ddim": ddim, "dpm++": dpmpp}
+
+
+# ---- the head ------------------------------------------------------------------------------------------------
 
 class DiffusionHead(nn.Module):
-    """`.net` in the model's dtype; everything about the diffusion itself in float32.
+    """`.net` in the model's dtype, the diffusion in float32.
 
-    sampling_steps: S, 100 in the official models. x0_clip: clamp the predicted x_0 to ± this at each sampling step. It keeps
-    small or little-trained models from exploding near t = 1000, where an error in ε is multiplied by up to 20,000; None for
-    official models.
+    sampling_steps: S, 100 in the official models. x0_clip: clamp the predicted x_0 to ± this in sampling, None in the
+    official models. Near t = 1000 an error in ε is multiplied by up to 20,000, and the clamp bounds that.
     """
-
-    rows_at_once = 1024                                                         # of modulations, in sampling
 
     def __init__(self, token_dim, cond_dim, depth, width, sampling_steps=100, x0_clip=None):
         super().__init__()
-        self.token_dim, self.x0_clip = token_dim, x0_clip
+        self.token_dim = token_dim
+        self.x0_clip = x0_clip
         self.net = SimpleMLPAdaLN(token_dim, cond_dim, depth, width)
-        self.training_process, self.sampling_process = Process(T), Process(sampling_steps)
-        self.init_weights()
-
-    def init_weights(self):
-        for module in self.net.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for layer in (self.net.time_embed.mlp[0], self.net.time_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        # zero-initialised modulation and output: every block starts as the identity, the head as ε = 0
-        for layer in [b.adaLN_modulation[1] for b in self.net.res_blocks] + [self.net.final_layer.adaLN_modulation[1], self.net.final_layer.linear]:
-            nn.init.zeros_(layer.weight)
+        self.training_diffusion = GaussianDiffusion(T)
+        self.sampling_diffusion = GaussianDiffusion(sampling_steps)
 
     def loss(self, z, target, mask=None, *, t=None, noise=None):
-        """Mean over rows of the ε error plus the variational bound (bits per channel) that trains the variance.
+        """Mean over rows of the ε error plus the variational bound in bits per channel, which trains the variance.
 
-        z (M, D) conditions, target (M, C) clean tokens, mask (M,) rows that count (None: all), t (M,) int steps in [0, 1000)
-        and noise (M, C), drawn when not given. Rows outside the mask cost nothing. Returns a float32 scalar.
+        z (M, D) conditions, target (M, C) clean tokens, mask (M,) the rows that count (None: all), t (M,) int steps in
+        [0, 1000) and noise (M, C), drawn if not given. Returns a float32 scalar.
         """
         if mask is not None:
-            rows = mask.nonzero()[:, 0]
-            z, target, t, noise = (x if x is None else x[rows] for x in (z, target, t, noise))
+            z, target = z[mask], target[mask]
+            t = None if t is None else t[mask]
+            noise = None if noise is None else noise[mask]
         x0 = target.float()
-        t = torch.randint(T, x0.shape[:1], device=x0.device) if t is None else t
+        t = torch.randint(T, (len(x0),), device=x0.device) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise.float()
-        process = self.training_process
-        signal, sigma, x0_from_xt, x0_from_eps, from_x0, from_xt, log_beta, true_logvar = process.at(
-            t, "signal", "noise", "x0_from_xt", "x0_from_eps", "mean_from_x0", "mean_from_xt", "log_beta", "log_variance")
-        x_t = signal * x0 + sigma * noise
-        eps, v = self.net(x_t, t, z).float().chunk(2, dim=1)
+
+        diffusion = self.training_diffusion
+        x_t = diffusion.q_sample(x0, t, noise)
+        eps, v = self.net(x_t, t, z).float().chunk(2, dim=1)                # (M, C), (M, C)
         with torch.autocast(x0.device.type, enabled=False):
-            mse = (noise - eps).square().mean(dim=1)
-            # the bound trains the variance only, so the mean it sees is detached
-            mean = from_x0 * (x0_from_xt * x_t - x0_from_eps * eps.detach()) + from_xt * x_t
-            logvar = mix(v, log_beta, true_logvar)
-            kl = gaussian_kl(from_x0 * x0 + from_xt * x_t, true_logvar, mean, logvar)
-            bound = torch.where(t[:, None] == 0, discretized_nll(x0, mean, logvar), kl).mean(dim=1) / math.log(2)
+            mse = (noise - eps).square().mean(dim=1)                        # (M,)
+
+            # The bound trains v only, so its mean is computed from a detached ε.
+            true_mean = diffusion.q_posterior_mean(x0, x_t, t)
+            true_logvar = diffusion.at(diffusion.posterior_log_variance, t, x_t)
+            mean = diffusion.q_posterior_mean(diffusion.predict_x0(x_t, t, eps.detach()), x_t, t)
+            logvar = diffusion.log_variance(v, t)
+            kl = gaussian_kl(true_mean, true_logvar, mean, logvar)
+            nll = discretized_nll(x0, mean, logvar)
+            bound = torch.where(t[:, None] == 0, nll, kl).mean(dim=1) / math.log(2)
             return (mse + bound).mean()
 
     @torch.no_grad()
     def sample(self, z, *, temperature=1.0, cfg=1.0, noise_fn=None, solver="ancestral", num_sampling_steps=None):
-        """Draw a token for each condition.
+        """Draw a token for each condition: float32 (M, C).
 
-        z (M, D), or with cfg != 1 (2M, D) = [conditional; unconditional]. temperature scales the noise added at each step.
-        noise_fn(shape) -> tensor gives every Gaussian draw: the start (M, C), then, for the ancestral solver, one for each step but the last.
-        solver: "ancestral" (DDPM, learned variance), or "ddim" (2010.02502) and "dpm++" (2M, 2211.01095), which add no noise and need fewer steps.
-        num_sampling_steps: default the constructor's sampling_steps. Returns float32 (M, C).
+        z (M, D), or with cfg != 1 (2M, D) = [conditional; unconditional]. temperature: factor on the noise of each step.
+        noise_fn(shape) -> tensor gives every Gaussian draw: the start (M, C), then, for the ancestral solver, one for
+        each step but the last. solver: a name in SOLVERS; ddim and dpm++ add no noise and need fewer steps.
+        num_sampling_steps: default the constructor's. Raises ValueError for an unknown solver or number of steps.
         """
         if solver not in SOLVERS or (temperature != 1 and solver != "ancestral"):
-            raise ValueError(f"solver is {solver!r}; known: {', '.join(SOLVERS)}; and only the ancestral one takes a temperature other than 1")
-        M = z.shape[0] // (1 if cfg == 1 else 2)
-        draw = noise_fn or (lambda shape: torch.randn(shape, device=z.device))
-        process = self.sampling_process if num_sampling_steps is None else Process(num_sampling_steps)
-        draws = len(process.timesteps) if solver == "ancestral" else 1
-        noise = torch.stack([draw((M, self.token_dim)).to(z.device, torch.float32) for _ in range(draws)])
-        time = self.net.time_embed(process.timesteps.to(z.device))              # (S, W)
-        return self.solve(z, noise, time, cfg, temperature, solver, process.scalars)
-
-    def solve(self, z, noise, time, cfg, temperature, solver, constants):
-        """`sample` with all noise (draws, M, C) and time embeddings (S, W) at hand. It touches nothing but the device, so that fast.py can capture it;
-        there cfg and temperature are 0-dim tensors."""
-        M, guided = noise.shape[1], z.shape[0] != noise.shape[1]
-        cond = self.net.cond_embed(z)                                           # (M or 2M, W)
-        together, at = max(1, self.rows_at_once // len(z)), {}                  # steps whose modulations are computed at once
+            raise ValueError(f"solver is {solver!r}; known: {', '.join(SOLVERS)}; "
+                             "and only the ancestral one takes a temperature other than 1")
+        guided = cfg != 1
+        M = len(z) // 2 if guided else len(z)
+        diffusion = self.sampling_diffusion
+        if num_sampling_steps is not None:
+            diffusion = GaussianDiffusion(num_sampling_steps)
+        denoise = self.denoiser(z, diffusion.timesteps.to(z.device))
 
         def predict(x, i):
-            """x_0 and the variance mix, from x_t at step i. i goes down."""
-            if i not in at:
-                steps = range(max(0, i + 1 - together), i + 1)
-                at.clear()
-                at.update(zip(steps, zip(*self.net.modulations(time[steps.start:steps.stop, None] + cond))))
-            eps, v = self.net.denoise(torch.cat([x, x]) if guided else x, at[i]).float().chunk(2, dim=1)
-            eps = guide(eps, cfg) if guided else eps
-            x0 = constants[i]["x0_from_xt"] * x - constants[i]["x0_from_eps"] * eps
-            return (x0 if self.x0_clip is None else x0.clamp(-self.x0_clip, self.x0_clip)), v[:M]   # the variance is the conditional row's
+            """x_t (M, C) at step i -> the predicted x_0 and the variance mix v, both (M, C)."""
+            eps, v = denoise(torch.cat([x, x]) if guided else x, i).float().chunk(2, dim=1)
+            if guided:
+                # Guidance changes ε only; v is the conditional rows' (2207.12598).
+                cond_eps, uncond_eps = eps.chunk(2)
+                eps = uncond_eps + cfg * (cond_eps - uncond_eps)
+                v = v[:M]
+            x0 = diffusion.predict_x0(x, i, eps)
+            if self.x0_clip is not None:
+                x0 = x0.clamp(-self.x0_clip, self.x0_clip)
+            return x0, v
 
-        return SOLVERS[solver](predict, noise, temperature, constants)
+        def draw_noise():
+            shape = (M, self.token_dim)
+            noise = torch.randn(shape, device=z.device) if noise_fn is None else noise_fn(shape)
+            return noise.to(z.device, torch.float32)
+        return SOLVERS[solver](predict, diffusion, draw_noise, temperature)
 
-
-def guide(eps, cfg):
-    """Classifier-free guidance, 2207.12598: ε of [conditional; unconditional] rows (2M, C) -> (M, C)."""
-    cond, uncond = eps.chunk(2)
-    return uncond + cfg * (cond - uncond)
-
-
-def ancestral(predict, noise, temperature, constants):
-    """Draw x_{t-1} from q(x_{t-1} | x_t, x_0) with the predicted x_0 and the learned variance."""
-    x = noise[0]
-    for i in range(len(constants) - 1, -1, -1):
-        x0, v = predict(x, i)
-        now = constants[i]                                                      # plain numbers: every row is at the same step
-        x = now["mean_from_x0"] * x0 + now["mean_from_xt"] * x
-        if i > 0:
-            x = x + torch.exp(0.5 * mix(v, now["log_beta"], now["log_variance"])) * noise[-i] * temperature
-    return x
-
-
-def ode(order):
-    """DPM-Solver++ in x_0, algorithm 2 of 2211.01095: of order 1, which is DDIM, or 2, with the last step's x_0 as the second point."""
-    def solve(predict, noise, temperature, constants):
-        x, last, h_last = noise[0], None, None
-        for i in range(len(constants) - 1, 0, -1):
-            x0, _ = predict(x, i)
-            now, then = constants[i], constants[i - 1]
-            h = math.log(then["signal"] / then["noise"]) - math.log(now["signal"] / now["noise"])
-            target = x0 if order == 1 or last is None else x0 + h / (2 * h_last) * (x0 - last)
-            x = then["noise"] / now["noise"] * x - then["signal"] * math.expm1(-h) * target
-            last, h_last = x0, h
-        return predict(x, 0)[0]
-    return solve
-
-
-SOLVERS = {"ancestral": ancestral, "ddim": ode(1), "dpm++": ode(2)}
+    def denoiser(self, z, timesteps):
+        """The network under conditions z: a function (x (M, C), step i) -> (M, 2C), called for i = S - 1 … 0."""
+        def denoise(x, i):
+            return self.net(x, timesteps[i:i + 1], z)                       # one t for all rows
+        return denoise
