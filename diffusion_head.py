@@ -1,9 +1,11 @@
 """Diffusion head: a small MLP that turns one decoder vector into a sample of one latent token.
 
-Paper: "Autoregressive Image Generation without Vector Quantization" (MAR, 2406.11838), section 3: SimpleMLPAdaLN.
-Diffusion: "Improved DDPM" (2102.09672), cosine schedule and learned variance. Parameter names are MAR's.
+Paper: "Autoregressive Image Generation without Vector Quantization" (MAR, 2406.11838), section 3:
+SimpleMLPAdaLN. Diffusion: "Improved DDPM" (2102.09672), cosine schedule and learned variance. Parameter names
+are MAR's.
 
-Letters: M tokens (rows), C latent channels, D condition width, W head width, T = 1000 training steps, S sampling steps.
+Letters: M tokens (rows), C latent channels, D condition width, W head width, T = 1000 training steps, S
+sampling steps.
 """
 import math
 
@@ -15,7 +17,7 @@ from torch import nn
 T = 1000
 
 
-# ---- the network ---------------------------------------------------------------------------------------------
+# ---- the network ---------------------------------------------------------------------------------
 
 def modulate(x, shift, scale):
     return x * (1 + scale) + shift
@@ -63,7 +65,9 @@ class FinalLayer(nn.Module):
 
 
 class SimpleMLPAdaLN(nn.Module):
-    """x (M, C) noisy tokens, t (M,) steps of the 1000, z (M, D) conditions -> (M, 2C): the noise ε, the variance mix v."""
+    """x (M, C) noisy tokens, t (M,) steps of the 1000, z (M, D) conditions -> (M, 2C): the noise ε, the
+    variance mix v.
+    """
 
     def __init__(self, token_dim, cond_dim, depth, width):
         super().__init__()
@@ -94,7 +98,7 @@ class SimpleMLPAdaLN(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
 
-# ---- the diffusion process -----------------------------------------------------------------------------------
+# ---- the diffusion process -----------------------------------------------------------------------
 
 def cosine_alphas_cumprod():
     """ᾱ_0 … ᾱ_999 of the cosine schedule, float64."""
@@ -105,7 +109,7 @@ def cosine_alphas_cumprod():
 
 
 class GaussianDiffusion:
-    """A diffusion process with S of the T steps, evenly spaced. Constants are float32 arrays (S,), indexed by step."""
+    """A diffusion process with S of the T steps, evenly spaced. Constants are float32 (S,), by step."""
 
     def __init__(self, num_steps=T):
         if not 1 <= num_steps <= T:
@@ -123,7 +127,7 @@ class GaussianDiffusion:
         def constant(values):
             return torch.from_numpy(values).float()
         self.num_steps = num_steps
-        self.timesteps = torch.from_numpy(timesteps)                        # of the 1000, for the network; int64
+        self.timesteps = torch.from_numpy(timesteps)                        # of the 1000; for the network
         self.sqrt_alphas_cumprod = constant(np.sqrt(alphas_cumprod))
         self.sqrt_one_minus_alphas_cumprod = constant(np.sqrt(1 - alphas_cumprod))
         self.sqrt_recip_alphas_cumprod = constant(np.sqrt(1 / alphas_cumprod))
@@ -134,7 +138,7 @@ class GaussianDiffusion:
         self.log_betas = constant(np.log(betas))
         self.posterior_log_variance = constant(np.log(posterior_variance))
 
-    # In all of these t is a step of this process: an int, the same for all rows, or an int64 tensor (M,).
+    # t is a step of this process: an int, the same for all rows, or an int64 tensor (M,).
 
     def at(self, constants, t, x):
         """The constants at t, to be multiplied with x (M, C)."""
@@ -152,7 +156,8 @@ class GaussianDiffusion:
 
     def q_posterior_mean(self, x0, x_t, t):
         """The mean of q(x_{t-1} | x_t, x_0)."""
-        return self.at(self.posterior_mean_coef1, t, x_t) * x0 + self.at(self.posterior_mean_coef2, t, x_t) * x_t
+        return (self.at(self.posterior_mean_coef1, t, x_t) * x0
+                + self.at(self.posterior_mean_coef2, t, x_t) * x_t)
 
     def log_variance(self, v, t):
         """The learned log variance: v = -1 gives the posterior's, v = 1 gives log β."""
@@ -163,7 +168,8 @@ class GaussianDiffusion:
 
 def gaussian_kl(mean1, logvar1, mean2, logvar2):
     """KL divergence of two Gaussians, in nats."""
-    return 0.5 * (logvar2 - logvar1 - 1 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
+    squared_error = (mean1 - mean2) ** 2 * torch.exp(-logvar2)
+    return 0.5 * (logvar2 - logvar1 - 1 + torch.exp(logvar1 - logvar2) + squared_error)
 
 
 def normal_cdf(u):
@@ -181,7 +187,7 @@ def discretized_nll(x, mean, logvar):
     return -probability.clamp(min=1e-12).log()
 
 
-# ---- samplers: x_T -> x_0, from the prediction (x_0, v) at each step -------------------------------------------
+# ---- samplers: x_T -> x_0, from the prediction (x_0, v) at each step -----------------------------
 
 def ancestral(predict, diffusion, draw_noise, temperature):
     """DDPM: draw x_{t-1} from q(x_{t-1} | x_t, x_0) with the predicted x_0 and the learned variance."""
@@ -224,13 +230,22 @@ def dpm_solver(predict, diffusion, x, order):
 SOLVERS = {"ancestral": ancestral, "ddim": ddim, "dpm++": dpmpp}
 
 
-# ---- the head ------------------------------------------------------------------------------------------------
+def check_solver(solver, temperature):
+    """Raise ValueError for an unknown solver, and for a temperature that the solver would ignore."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver is {solver!r}; known: {', '.join(SOLVERS)}")
+    if solver != "ancestral" and temperature != 1:
+        raise ValueError(f"temperature is {temperature}, but solver {solver!r} adds no noise to scale")
+
+
+# ---- the head ------------------------------------------------------------------------------------
 
 class DiffusionHead(nn.Module):
     """`.net` in the model's dtype, the diffusion in float32.
 
-    sampling_steps: S, 100 in the official models. x0_clip: clamp the predicted x_0 to ± this in sampling, None in the
-    official models. Near t = 1000 an error in ε is multiplied by up to 20,000, and the clamp bounds that.
+    sampling_steps: S, 100 in the official models. x0_clip: clamp the predicted x_0 to ± this in sampling,
+    None in the official models. Near t = 1000 an error in ε is multiplied by up to 20,000, and the clamp
+    bounds that.
     """
 
     def __init__(self, token_dim, cond_dim, depth, width, sampling_steps=100, x0_clip=None):
@@ -242,10 +257,10 @@ class DiffusionHead(nn.Module):
         self.sampling_diffusion = GaussianDiffusion(sampling_steps)
 
     def loss(self, z, target, mask=None, *, t=None, noise=None):
-        """Mean over rows of the ε error plus the variational bound in bits per channel, which trains the variance.
+        """Mean over rows of the ε error and of the variational bound, in bits per channel; a float32 scalar.
 
-        z (M, D) conditions, target (M, C) clean tokens, mask (M,) the rows that count (None: all), t (M,) int steps in
-        [0, 1000) and noise (M, C), drawn if not given. Returns a float32 scalar.
+        z (M, D) conditions, target (M, C) clean tokens, mask (M,) the rows that count (None: all), t (M,) int
+        steps in [0, 1000) and noise (M, C), drawn if not given.
         """
         if mask is not None:
             z, target = z[mask], target[mask]
@@ -272,17 +287,17 @@ class DiffusionHead(nn.Module):
             return (mse + bound).mean()
 
     @torch.no_grad()
-    def sample(self, z, *, temperature=1.0, cfg=1.0, noise_fn=None, solver="ancestral", num_sampling_steps=None):
+    def sample(self, z, *, temperature=1.0, cfg=1.0, noise_fn=None, solver="ancestral",
+               num_sampling_steps=None):
         """Draw a token for each condition: float32 (M, C).
 
-        z (M, D), or with cfg != 1 (2M, D) = [conditional; unconditional]. temperature: factor on the noise of each step.
-        noise_fn(shape) -> tensor gives every Gaussian draw: the start (M, C), then, for the ancestral solver, one for
-        each step but the last. solver: a name in SOLVERS; ddim and dpm++ add no noise and need fewer steps.
-        num_sampling_steps: default the constructor's. Raises ValueError for an unknown solver or number of steps.
+        z (M, D), or with cfg != 1 (2M, D) = [conditional; unconditional]. temperature: factor on the noise of
+        each step. noise_fn(shape) -> tensor gives every Gaussian draw: the start (M, C), then, for the
+        ancestral solver, one for each step but the last. solver: a name in SOLVERS; ddim and dpm++ add no
+        noise and need fewer steps. num_sampling_steps: default the constructor's. Raises ValueError for an
+        unknown solver or number of steps.
         """
-        if solver not in SOLVERS or (temperature != 1 and solver != "ancestral"):
-            raise ValueError(f"solver is {solver!r}; known: {', '.join(SOLVERS)}; "
-                             "and only the ancestral one takes a temperature other than 1")
+        check_solver(solver, temperature)
         guided = cfg != 1
         M = len(z) // 2 if guided else len(z)
         diffusion = self.sampling_diffusion
@@ -310,7 +325,9 @@ class DiffusionHead(nn.Module):
         return SOLVERS[solver](predict, diffusion, draw_noise, temperature)
 
     def denoiser(self, z, timesteps):
-        """The network under conditions z: a function (x (M, C), step i) -> (M, 2C), called for i = S - 1 … 0."""
+        """The network under conditions z: a function (x (M, C), step i) -> (M, 2C), called for i = S - 1 …
+        0.
+        """
         def denoise(x, i):
-            return self.net(x, timesteps[i:i + 1], z)                       # one t for all rows
+            return self.net(x, timesteps[i].expand(len(x)), z)
         return denoise

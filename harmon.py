@@ -1,13 +1,13 @@
 """Harmon: one model that draws images from text and answers questions about images.
 
-Paper: "Harmonizing Visual Representations for Unified Multimodal Understanding and Generation" (2503.21979), figure 3.
+Paper: "Harmonizing Visual Representations for Unified Multimodal Understanding and Generation", 2503.21979.
 
     pixels --VAE--> latents --MAR encoder--> x_enc --proj_in--> z_enc --LLM, after the prompt--> z_llm
       --proj_out, + x_enc--> --MAR decoder--> z --diffusion head--> latents of masked tokens --VAE--> pixels
 
 Letters: B batch, h×w token grid, N = h·w image tokens, n buffer tokens, V visible tokens, C latent channels,
-D MAR width, H LLM width, L prompt length. Pixels are RGB in [-1, 1], (B, 3, s·h, s·w) with s the VAE's stride.
-A mask is a bool tensor (B, N), True = hidden.
+D MAR width, H LLM width, L prompt length. Pixels are RGB in [-1, 1], (B, 3, s·h, s·w) with s the VAE's
+stride. A mask is a bool tensor (B, N), True = hidden.
 """
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,8 @@ class Harmon(nn.Module):
         super().__init__()
         vae, mar = config.vae, config.mar
         if (vae.stride, vae.z_channels) != (mar.vae_stride, mar.token_dim):
-            raise ValueError(f"the VAE has stride {vae.stride} and {vae.z_channels} channels, the MAR expects "
-                             f"{mar.vae_stride} and {mar.token_dim}")
+            raise ValueError(f"the VAE has stride {vae.stride} and {vae.z_channels} channels, "
+                             f"the MAR expects {mar.vae_stride} and {mar.token_dim}")
         self.config = config
         self.tokenizer = None
         self.grad_scale = GRAD_SCALE
@@ -52,7 +52,7 @@ class Harmon(nn.Module):
     def dtype(self):
         return self.mar.mask_token.dtype
 
-    # ---- pixels <-> latents ----------------------------------------------------------------------------------
+    # ---- pixels <-> latents ----------------------------------------------------------------------
 
     def encode(self, pixels):
         """pixels (B, 3, s·h, s·w) in [-1, 1] -> latents (B, h, w, C), scaled to about unit variance."""
@@ -66,13 +66,13 @@ class Harmon(nn.Module):
         images_at_once = max(1, 2 ** 20 // (z.shape[2] * z.shape[3] * self.config.vae.stride ** 2))
         return torch.cat([self.vae.decode(part) for part in z.split(images_at_once)])
 
-    # ---- the three parts of a pass: see, think, draw -----------------------------------------------------------
+    # ---- the three parts of a pass: see, think, draw ---------------------------------------------
 
     def see(self, tokens, mask, grid):
         """The visible tokens as the MAR encoder and as the LLM get them.
 
-        tokens (B, N, C), mask (B, N), grid (h, w) -> x_enc (B, n+V, D), buffers first; z_enc (B, V+n, H), buffers
-        last, so that the causal LLM has seen the image when it comes to them.
+        tokens (B, N, C), mask (B, N), grid (h, w) -> x_enc (B, n+V, D), buffers first; z_enc (B, V+n, H),
+        buffers last, so that the causal LLM has seen the image when it comes to them.
         """
         n = self.config.mar.buffer_size
         x_enc = self.mar.encode(tokens.to(self.dtype), mask, grid)          # (B, n+V, D)
@@ -81,7 +81,7 @@ class Harmon(nn.Module):
         return x_enc, z_enc
 
     def think(self, z_enc, attention_mask, cache):
-        """z_enc (B, V+n, H) through the LLM after the prompt in `cache`, whose mask is attention_mask -> z_llm alike."""
+        """z_enc (B, V+n, H) through the LLM after the cached prompt, of mask (B, L) -> z_llm (B, V+n, H)."""
         L = cache.length
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(z_enc.shape[:2])], dim=1)
         z_llm = self.llm(inputs_embeds=z_enc, attention_mask=attention_mask, cache=cache)
@@ -90,7 +90,7 @@ class Harmon(nn.Module):
         return z_llm
 
     def add_residual(self, x_enc, z_llm):
-        """x_enc (B, n+V, D) plus what the LLM made of it, z_llm (B, V+n, H) with the buffers moved to the front again."""
+        """x_enc (B, n+V, D) plus the projection of z_llm (B, V+n, H), its buffers moved to the front."""
         n = self.config.mar.buffer_size
         residual = self.proj_out(z_llm)                                     # (B, V+n, D)
         residual = torch.cat([residual[:, -n:], residual[:, :-n]], dim=1)   # (B, n+V, D)
@@ -100,19 +100,20 @@ class Harmon(nn.Module):
         """-> z (B, N, D): for each token, the condition under which the diffusion head draws it."""
         return self.mar.decode(self.add_residual(x_enc, z_llm), mask, grid)
 
-    # ---- generation ------------------------------------------------------------------------------------------
+    # ---- generation ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample_steps(self, input_ids, attention_mask, settings, randomness, canvas, grid):
-        """Masked autoregressive generation, as a generator of steps: yields (tokens (B, N, C), mask (B, N)) K times.
+        """Masked autoregressive generation, as a generator of steps: yields (tokens (B, N, C), mask (B, N)) K
+        times.
 
-        input_ids, attention_mask (rows, L): with guidance rows = 2B, [conditional; unconditional], else rows = B.
-        settings: a Sampling. randomness: a Randomness. canvas: the tokens and the mask to start from.
+        input_ids, attention_mask (rows, L): with guidance rows = 2B, [conditional; unconditional], else rows
+        = B. settings: a Sampling. randomness: a Randomness. canvas: the tokens and the mask to start from.
         """
         tokens, mask = canvas
         B, N, C = tokens.shape
         halves = len(input_ids) // B
-        num_tokens = int(mask[0].sum())                                     # to be drawn; fewer than N in inpainting
+        num_tokens = int(mask[0].sum())                                     # to be drawn
         S = settings.num_sampling_steps or self.config.mar.diffusion_steps
 
         # Move known tokens to the end of the order so that they are never masked.
@@ -141,26 +142,25 @@ class Harmon(nn.Module):
                 drawn = self.mar.diffloss.sample(
                     z, temperature=settings.temperature, cfg=settings.guidance(num_masked, num_tokens),
                     noise_fn=randomness.noise(B, count, C, S, self.device), solver=settings.solver,
-                    num_sampling_steps=S)
+                    num_sampling_steps=settings.num_sampling_steps)
                 tokens = tokens.clone()
                 tokens[new] = drawn
             mask = next_mask
             yield tokens, mask
 
-    def sample(self, input_ids, attention_mask, *, num_iter=64, cfg=3.0, cfg_schedule="constant", temperature=1.0,
-               grid=None, orders=None, noise_fn=None, generator=None, progress=False, on_step=None, canvas=None,
-               solver="ancestral", num_sampling_steps=None):
+    def sample(self, input_ids, attention_mask, *, grid=None, canvas=None, generator=None, orders=None,
+               noise_fn=None, progress=False, on_step=None, **settings):
         """Generate pixels (B, 3, s·h, s·w) by `sample_steps`.
 
-        num_iter … num_sampling_steps: see Sampling. grid (h, w): default the native one. orders, noise_fn, generator:
-        see Randomness. on_step(k, tokens (B, h, w, C), mask (B, N)) is called after step k = 1 … K.
-        canvas: latents (B, h, w, C) and mask (B, N) to start from; default everything is masked.
+        settings: fields of Sampling. grid (h, w): default the native one. canvas: latents (B, h, w, C) and
+        mask (B, N) to start from; default all is masked. generator, orders, noise_fn: see Randomness.
+        on_step(k, tokens (B, h, w, C), mask (B, N)) is called after step k = 1 … K.
         Raises ValueError for settings outside their ranges, and for an odd batch with guidance.
         """
-        settings = Sampling(num_iter, cfg, cfg_schedule, temperature, num_sampling_steps, solver)
-        rows, halves = len(input_ids), 1 if cfg == 1 else 2
+        settings = Sampling(**settings)
+        rows, halves = len(input_ids), 1 if settings.cfg == 1 else 2
         if rows % halves:
-            raise ValueError(f"with cfg != 1 the batch is [conditional; unconditional] and even; it has {rows} rows")
+            raise ValueError(f"with guidance the batch is [conditional; unconditional]; {rows} rows are odd")
         B, C = rows // halves, self.config.mar.token_dim
         h, w = grid or (self.config.mar.grid, self.config.mar.grid)
         if canvas is None:
@@ -171,17 +171,20 @@ class Harmon(nn.Module):
             tokens = tokens * ~mask[..., None]                              # masked tokens start at 0
         steps = self.sample_steps(input_ids.to(self.device), attention_mask.to(self.device).bool(), settings,
                                   Randomness(generator, orders, noise_fn), (tokens, mask), (h, w))
-        bar = tqdm(steps, total=num_iter, desc="steps", disable=None if progress else True, leave=False)
+        no_bar = None if progress else True                                 # None: only off a terminal
+        bar = tqdm(steps, total=settings.num_iter, desc="steps", disable=no_bar, leave=False)
         for k, (tokens, mask) in enumerate(bar, start=1):
             if on_step is not None:
                 on_step(k, tokens.view(B, h, w, C), mask)
         with torch.no_grad():
             return self.decode(tokens.view(B, h, w, C))
 
-    # ---- losses ----------------------------------------------------------------------------------------------
+    # ---- losses ----------------------------------------------------------------------------------
 
     def visual_features(self, latents, mask=None):
-        """`see` for latents (B, h, w, C); mask (B, N), None = all visible -> x_enc (B, n+V, D), z_enc (B, V+n, H)."""
+        """`see` for latents (B, h, w, C); mask (B, N), None = all visible -> x_enc (B, n+V, D), z_enc (B,
+        V+n, H).
+        """
         B, h, w, C = latents.shape
         if mask is None:
             mask = torch.zeros(B, h * w, dtype=torch.bool, device=latents.device)
@@ -193,7 +196,8 @@ class Harmon(nn.Module):
         return z_enc.detach() + self.grad_scale * (z_enc - z_enc.detach())
 
     def embed(self, input_ids, z_enc=None):
-        """Token embeddings (B, L, H), with the image features z_enc (images, N+n, H) where input_ids are IMAGE_TOKEN_ID.
+        """Token embeddings (B, L, H), with the image features z_enc (images, N+n, H) where input_ids are
+        IMAGE_TOKEN_ID.
 
         Raises ValueError unless there are as many such positions as features.
         """
@@ -202,13 +206,15 @@ class Harmon(nn.Module):
         positions = int(is_image.sum())
         features = 0 if z_enc is None else z_enc.shape[0] * z_enc.shape[1]
         if positions != features:
-            raise ValueError(f"input_ids hold {positions} image positions, the images give {features} embeddings")
+            raise ValueError(f"input_ids hold {positions} image positions, the images give {features}")
         if z_enc is None:
             return embeds
         return embeds.masked_scatter(is_image[..., None], z_enc.to(embeds.dtype))
 
     def masked_features(self, latents, mask, input_ids, attention_mask):
-        """What the MAR decoder gets, (B, n+V, D): latents (B, h, w, C) seen through a mask (B, N), after prompts (B, L)."""
+        """What the MAR decoder gets, (B, n+V, D): latents (B, h, w, C) seen through a mask (B, N), after
+        prompts (B, L).
+        """
         x_enc, z_enc = self.visual_features(latents, mask)
         shows_image = (input_ids == IMAGE_TOKEN_ID).any()                   # reconstruction alignment
         prompt = self.embed(input_ids, self.look(latents) if shows_image else None)
@@ -217,12 +223,14 @@ class Harmon(nn.Module):
         z_llm = self.llm(inputs_embeds=embeds, attention_mask=attention_mask)[:, prompt.shape[1]:]
         return self.add_residual(x_enc, z_llm)
 
-    def text2image_loss(self, pixels, input_ids, attention_mask, *, latents=None, mask=None, t=None, noise=None):
+    def text2image_loss(self, pixels, input_ids, attention_mask, *, latents=None, mask=None, t=None,
+                        noise=None):
         """Head loss over the masked tokens of images (B, 3, s·h, s·w) given prompts (B, L); a scalar.
 
-        latents (B, h, w, C): given instead of pixels. If the prompts hold IMAGE_TOKEN_ID, n + N each, the model sees
-        the whole image itself (reconstruction alignment, 2509.07295). mask (B, N): default `random_mask`. t (R,) and
-        noise (R, C) with R = diffusion_batch_mul · B · N: rows are all B·N tokens, then the same tokens again.
+        latents (B, h, w, C): given instead of pixels. If the prompts hold IMAGE_TOKEN_ID, n + N each, the
+        model sees the whole image itself (reconstruction alignment, 2509.07295). mask (B, N): default
+        `random_mask`. t (R,) and noise (R, C) with R = diffusion_batch_mul · B · N: rows are all B·N tokens,
+        then the same tokens again.
         """
         if latents is None:
             with torch.no_grad():
@@ -240,8 +248,8 @@ class Harmon(nn.Module):
     def image2text_loss(self, pixels, input_ids, attention_mask, labels, *, latents=None):
         """Mean cross-entropy of the labelled tokens, a scalar; 0 if there are none.
 
-        labels (B, L): -100 = no loss. input_ids (B, L) hold n + N IMAGE_TOKEN_ID for each image (B, 3, s·h, s·w) or
-        latents (B, h, w, C). With neither: text only.
+        labels (B, L): -100 = no loss. input_ids (B, L) hold n + N IMAGE_TOKEN_ID for each image (B, 3, s·h,
+        s·w) or latents (B, h, w, C). With neither: text only.
         """
         if latents is None and pixels is not None:
             with torch.no_grad():
@@ -257,29 +265,21 @@ class Harmon(nn.Module):
         """Summed cross-entropy of hidden states (M, H) for the tokens targets (M,)."""
         return F.cross_entropy(self.llm.logits(hidden_states).float(), targets, reduction="sum")
 
-    # ---- text in, images out; images in, text out; files -------------------------------------------------------
+    # ---- text in, images out; images in, text out; files: see harmonkit --------------------------
 
     def generate_image(self, prompts, *, size=None, seed=0, **sampling):
         """A PIL image for each prompt; see harmonkit.pipeline.generate_image."""
         return pipeline.generate_image(self, prompts, size=size, seed=seed, **sampling)
 
-    def chat(self, question, image=None, *, history=(), max_new_tokens=1024, size=None):
-        """The answer to a question, about a PIL image if given, in pieces of text; see harmonkit.pipeline.chat."""
-        return pipeline.chat(self, question, image, history=history, max_new_tokens=max_new_tokens, size=size)
+    def chat(self, question, image=None, **options):
+        """The answer to a question, about a PIL image if given, in pieces; see harmonkit.pipeline.chat."""
+        return pipeline.chat(self, question, image, **options)
 
     @classmethod
-    def from_pretrained(cls, path="harmon-tiny", *, config=None, vae=None, tokenizer=None, device=None, dtype=None):
-        """A model with its weights, in eval mode.
-
-        path: "harmon-tiny", which is bundled; a folder of ours or of Hugging Face; an official `.pth` with vae=
-        (kl16.ckpt) and tokenizer= (a tokenizer.json or its folder) beside it; or a hub id such as wusize/Harmon-0_5B.
-        config: needed only for sizes that are not official. device: default CUDA if there is one.
-        dtype: default float32 on the CPU, bfloat16 elsewhere.
-        Raises FileNotFoundError or ValueError that name the file and the keys.
-        """
-        return checkpoints.from_pretrained(
-            cls, path, config=config, vae=vae, tokenizer=tokenizer, device=device, dtype=dtype)
+    def from_pretrained(cls, path="harmon-tiny", **options):
+        """A model with its weights, in eval mode; see harmonkit.checkpoints.from_pretrained."""
+        return checkpoints.from_pretrained(cls, path, **options)
 
     def save_pretrained(self, folder, dtype=None):
-        """Write config.json, model.safetensors and tokenizer.json, which `from_pretrained` reads."""
+        """Write a folder that `from_pretrained` reads; see harmonkit.checkpoints.save_pretrained."""
         checkpoints.save_pretrained(self, folder, dtype)

@@ -1,6 +1,7 @@
 """Qwen2.5: the decoder-only language model in the middle of Harmon.
 
-Report: "Qwen2.5 Technical Report" (2412.15115). Equal to transformers' Qwen2ForCausalLM, with its parameter names.
+Report: "Qwen2.5 Technical Report" (2412.15115). Equal to transformers' Qwen2ForCausalLM, with its parameter
+names.
 
 Letters: B batch, L tokens of this call, S = cached + L, H width, d = H / heads.
 """
@@ -135,7 +136,9 @@ class DecoderLayer(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """`forward` gives hidden states after the final norm; `logits` turns them into scores over the vocabulary."""
+    """`forward` gives hidden states after the final norm; `logits` turns them into scores over the
+    vocabulary.
+    """
 
     def __init__(self, config: QwenConfig = QwenConfig()):
         super().__init__()
@@ -162,8 +165,8 @@ class Qwen2(nn.Module):
     def forward(self, input_ids=None, *, inputs_embeds=None, attention_mask=None, cache=None):
         """input_ids (B, L) int, or inputs_embeds (B, L, H) -> hidden states (B, L, H).
 
-        attention_mask: (B, cached + L) bool, True = real; None: all real. Positions are its cumsum - 1, so padding
-        does not count. cache: a KVCache, appended to. Ignore the outputs at padding positions.
+        attention_mask: (B, cached + L) bool, True = real; None: all real. Positions are its cumsum - 1, so
+        padding does not count. cache: a KVCache, appended to. Ignore the outputs at padding positions.
         Raises ValueError for a mask of another shape.
         """
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -173,11 +176,13 @@ class Qwen2(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones(B, S, dtype=torch.bool, device=x.device)
         if attention_mask.shape != (B, S):
-            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; expected (batch, cached + new) = {(B, S)}")
+            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; "
+                             f"expected (batch, cached + new) = {(B, S)}")
         attention_mask = attention_mask.bool()
 
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, past:]   # (B, L)
-        cos, sin = rotary_embedding(positions, H // self.config.num_attention_heads, self.config.rope_theta, x.dtype)
+        d = H // self.config.num_attention_heads
+        cos, sin = rotary_embedding(positions, d, self.config.rope_theta, x.dtype)
 
         # Every position attends to itself, so softmax is defined on padding rows too.
         query = torch.arange(past, S, device=x.device)[:, None]             # (L, 1)
@@ -194,7 +199,9 @@ class Qwen2(nn.Module):
 
     @torch.no_grad()
     def generate(self, inputs_embeds, *, max_new_tokens, eos_token_id=None):
-        """Greedy decoding after inputs_embeds (1, L, H): yields int token ids, at most max_new_tokens, without eos."""
+        """Greedy decoding after inputs_embeds (1, L, H): yields int token ids, at most max_new_tokens,
+        without eos.
+        """
         cache = KVCache()
         hidden_states = self(inputs_embeds=inputs_embeds, cache=cache)
         for i in range(max_new_tokens):

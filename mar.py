@@ -1,10 +1,10 @@
 """MAR: the masked autoregressive image model whose encoder and decoder enclose the language model.
 
-Paper: "Autoregressive Image Generation without Vector Quantization" (2406.11838); Harmon (2503.21979), section 3.1.
-Parameter names are those of the published MAR checkpoints.
+Paper: "Autoregressive Image Generation without Vector Quantization" (2406.11838); Harmon (2503.21979),
+section 3.1. Parameter names are those of the published MAR checkpoints.
 
-Letters: B batch, h×w token grid, N = h·w tokens, n buffer tokens, V visible tokens, D width, C latent channels.
-A mask is a bool tensor (B, N), True = hidden.
+Letters: B batch, h×w token grid, N = h·w tokens, n buffer tokens, V visible tokens, D width, C latent
+channels. A mask is a bool tensor (B, N), True = hidden.
 """
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffusion_head import SOLVERS, DiffusionHead
+from diffusion_head import DiffusionHead, check_solver
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class MARConfig:
         return self.img_size // self.vae_stride
 
 
-# ---- the transformer -----------------------------------------------------------------------------------------
+# ---- the transformer -----------------------------------------------------------------------------
 
 class Attention(nn.Module):
     def __init__(self, dim, num_heads, dropout):
@@ -54,12 +54,11 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, L, D = x.shape
-        qkv = self.qkv(x).view(B, L, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # each (B, heads, L, D / heads)
+        q, k, v = self.qkv(x).view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
-        y = scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        y = y.transpose(1, 2).reshape(B, L, D)
-        return F.dropout(self.proj(y), self.dropout, self.training)
+        y = scaled_dot_product_attention(q, k, v, dropout_p=dropout)        # (B, heads, L, D / heads)
+        y = self.proj(y.transpose(1, 2).reshape(B, L, D))
+        return F.dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -93,7 +92,7 @@ class Block(nn.Module):
 
 
 class MAR(nn.Module):
-    """An encoder of the visible tokens, a decoder that gives each token a condition, and the diffusion head."""
+    """An encoder of the visible tokens, a decoder of all tokens, and the diffusion head."""
 
     def __init__(self, config: MARConfig = MARConfig()):
         super().__init__()
@@ -122,8 +121,9 @@ class MAR(nn.Module):
     def encode(self, tokens, mask, grid, labels=None):
         """The visible tokens and the buffers through the encoder.
 
-        tokens (B, N, C), mask (B, N) with equally many hidden in each row, grid (h, w) -> (B, n + V, D), buffers first.
-        labels (B,) int: the classes that the buffers hold, -1 = none; for a MAR that draws by class.
+        tokens (B, N, C), mask (B, N) with equally many hidden in each row, grid (h, w) -> (B, n + V, D),
+        buffers first. labels (B,) int: the classes that the buffers hold, -1 = none; for a MAR that draws by
+        class.
         """
         B, n = len(tokens), self.config.buffer_size
         buffers = self.fake_latent.expand(B, -1)                            # (B, D)
@@ -134,13 +134,14 @@ class MAR(nn.Module):
         x = torch.cat([buffers, self.z_proj(tokens)], dim=1)                # (B, n+N, D)
         x = x + self.position_embedding(self.encoder_pos_embed_learned, grid)
         x = self.z_proj_ln(x)
-        x = x[self.kept(mask)].view(B, -1, x.shape[-1])                     # (B, n+V, D): hidden tokens are dropped
+        # Hidden tokens are dropped.
+        x = x[self.kept(mask)].view(B, -1, x.shape[-1])                     # (B, n+V, D)
         for block in self.encoder_blocks:
             x = block(x)
         return self.encoder_norm(x)
 
     def decode(self, x, mask, grid):
-        """x (B, n + V, D), buffers first, mask and grid as in `encode` -> z (B, N, D), conditions of the diffusion head."""
+        """x (B, n + V, D), as `encode` gives it -> z (B, N, D): the condition for drawing each token."""
         B, n = len(x), self.config.buffer_size
         x = self.decoder_embed(x)
         keep = self.kept(mask)                                              # (B, n+N)
@@ -154,14 +155,14 @@ class MAR(nn.Module):
         return x + self.position_embedding(self.diffusion_pos_embed_learned, grid)
 
     def kept(self, mask):
-        """Mask (B, N) -> the positions that the encoder keeps (B, n + N), True = kept: all buffers, the visible tokens."""
+        """Mask (B, N) -> (B, n + N), True = a buffer or a visible token."""
         hidden = mask.sum(dim=1)
         if hidden.min() != hidden.max():
-            raise ValueError(f"every row of a mask must hide equally many tokens; these hide {hidden.tolist()}")
+            raise ValueError(f"every row of a mask must hide equally many tokens, not {hidden.tolist()}")
         return F.pad(~mask, (self.config.buffer_size, 0), value=True)
 
     def position_embedding(self, table, grid):
-        """A table for the native grid, (1, n + N₀, D) or (1, N₀, D) -> the same for grid (h, w), resized bilinearly."""
+        """A table (1, n + N₀, D) or (1, N₀, D) of the native grid, its image part resized to grid (h, w)."""
         g, (h, w) = self.config.grid, grid
         if (h, w) == (g, g):
             return table
@@ -172,41 +173,40 @@ class MAR(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """All initialisation but the head's. Position embeddings and queries make attention local from the start."""
-        config, n = self.config, self.config.buffer_size
-        tables = (self.encoder_pos_embed_learned, self.decoder_pos_embed_learned, self.diffusion_pos_embed_learned)
-        for p in (self.class_emb.weight, self.fake_latent, self.mask_token, *tables):
+        """All initialisation but the head's. Attention is local from the start."""
+        config = self.config
+        for p in (self.class_emb.weight, self.fake_latent, self.mask_token, self.encoder_pos_embed_learned,
+                  self.decoder_pos_embed_learned, self.diffusion_pos_embed_learned):
             nn.init.normal_(p, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-        # In half of the heads the keys equal the queries, so that a token attends to tokens like itself. A small
-        # model then learns to look at its neighbours within minutes (mimetic initialization, 2305.09828).
+        # In half of the heads the keys equal the queries, so a token attends to tokens like itself
+        # (mimetic initialization, 2305.09828). Sines of row and column make neighbours alike (MAE,
+        # 2111.06377).
         for block in (*self.encoder_blocks, *self.decoder_blocks):
             q, k, _ = block.attn.qkv.weight.chunk(3)
             rows = config.num_heads // 2 * (config.embed_dim // config.num_heads)
             nn.init.xavier_uniform_(q, gain=1.13)
             k[:rows] = q[:rows]
-
-        # Sines of row and column make neighbours alike (MAE, 2111.06377).
         for table in (self.encoder_pos_embed_learned, self.decoder_pos_embed_learned):
-            table[:, n:] = get_2d_sincos_pos_embed(config.embed_dim, config.grid)
+            table[:, config.buffer_size:] = get_2d_sincos_pos_embed(config.embed_dim, config.grid)
 
 
 def get_2d_sincos_pos_embed(embed_dim, grid):
-    """(grid², embed_dim): a quarter each of sin and cos of the row, sin and cos of the column, wavelengths 4 … 4·grid."""
+    """(grid², embed_dim): sin and cos of the row, then of the column, with wavelengths 4 … 4·grid."""
     n = embed_dim // 4
     frequencies = torch.pi / 2 * grid ** (-torch.arange(n) / n)             # (n,)
     rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    row_angles = rows.flatten()[:, None] * frequencies                      # (grid², n)
-    column_angles = columns.flatten()[:, None] * frequencies
-    rest = torch.zeros(grid ** 2, embed_dim - 4 * n)                        # widths that 4 does not divide
-    return torch.cat([row_angles.sin(), row_angles.cos(), column_angles.sin(), column_angles.cos(), rest], dim=1)
+    rows = rows.flatten()[:, None] * frequencies                            # (grid², n)
+    columns = columns.flatten()[:, None] * frequencies
+    rest = torch.zeros(grid ** 2, embed_dim - 4 * n)                        # if 4 does not divide the width
+    return torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos(), rest], dim=1)
 
 
-# ---- masks, order and noise of the generation loop -----------------------------------------------------------
+# ---- masks, order and noise of the generation loop -----------------------------------------------
 
 @dataclass(frozen=True)
 class Sampling:
@@ -219,18 +219,13 @@ class Sampling:
     solver: str = "ancestral"               # of the diffusion head; or "ddim", "dpm++"
 
     def __post_init__(self):
-        for name, least in (("num_iter", 1), ("cfg", 0), ("temperature", 0)):
-            if not least <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number from {least} up")
+        for name, least in (("num_iter", 1), ("cfg", 0), ("temperature", 0), ("num_sampling_steps", 1)):
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be a number from {least} up")
         if self.cfg_schedule not in ("constant", "linear"):
             raise ValueError(f"cfg_schedule is {self.cfg_schedule!r}; known: constant, linear")
-        if self.num_sampling_steps is not None and not 1 <= self.num_sampling_steps <= 1000:
-            raise ValueError(f"num_sampling_steps is {self.num_sampling_steps}; it must be from 1 to 1000")
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver is {self.solver!r}; known: {', '.join(SOLVERS)}")
-        if self.solver != "ancestral" and self.temperature != 1:
-            raise ValueError(f"temperature scales the noise of the ancestral solver; {self.solver} adds none, "
-                             "so leave temperature at 1")
+        check_solver(self.solver, self.temperature)
 
     def guidance(self, num_masked, num_tokens):
         """The weight of a step after which num_masked of num_tokens stay masked."""
@@ -253,7 +248,9 @@ def mask_schedule(num_tokens, num_iter):
 
 
 def random_mask(B, N, ratio=None, device=None):
-    """(B, N), ceil(ratio · N) random tokens hidden in each row. ratio: default MAR's, a normal (1, 0.25) cut to [0.7, 1]."""
+    """A mask of ceil(ratio · N) random tokens in each row. ratio: default from a normal (1, 0.25) cut to
+    [0.7, 1], as in MAR's training.
+    """
     if ratio is None:
         low = 0.5 * math.erfc(1.2 / math.sqrt(2))                           # Φ((0.7 - 1) / 0.25)
         u = low + (0.5 - low) * torch.rand((), dtype=torch.float64)
@@ -273,12 +270,11 @@ class Randomness:
     """Everything random in a generation: the order of the tokens and the diffusion noise.
 
     generator: a torch.Generator, or a list with one for each image, so that no image depends on its batch.
-    orders (B or more, N) and noise_fn(shape), where given, replace what would be drawn: tests and ports record them.
+    orders (B or more, N) and noise_fn(shape) replace the draws: tests and ports record them.
     """
 
     def __init__(self, generator=None, orders=None, noise_fn=None):
-        self.generators = generator if isinstance(generator, (list, tuple)) else None
-        self.generator = None if self.generators else generator
+        self.generator = generator
         self.recorded_orders = orders
         self.recorded_noise = noise_fn
 
@@ -286,19 +282,19 @@ class Randomness:
         """(B, N) int64: row b's first m entries are the tokens that are masked when m are."""
         if self.recorded_orders is not None:
             return self.recorded_orders[:B]
-        generators = self.generators or [self.generator] * B
+        generators = self.generator if isinstance(self.generator, list) else [self.generator] * B
         return torch.stack([torch.randperm(N, generator=generator) for generator in generators])
 
     def noise(self, B, count, C, num_sampling_steps, device):
-        """A noise_fn for the head: `count` tokens of each of B images. All draws are made at once, image by image."""
+        """A noise_fn for `count` new tokens in each of B images; everything is drawn at once, by image."""
         if self.recorded_noise is not None:
             return self.recorded_noise
         S = num_sampling_steps
-        if self.generators:
-            draws = [torch.randn(S, count, C, generator=g, device=g.device) for g in self.generators]
-            noise = torch.stack(draws, dim=1)                               # (S, B, count, C)
+        if isinstance(self.generator, list):
+            noise = [torch.randn(S, count, C, generator=g, device=g.device) for g in self.generator]
+            noise = torch.stack(noise, dim=1)                               # (S, B, count, C)
         else:
-            where = self.generator.device if self.generator is not None else "cpu"
-            noise = torch.randn(S, B, count, C, generator=self.generator, device=where)
+            device_of_draws = "cpu" if self.generator is None else self.generator.device
+            noise = torch.randn(S, B, count, C, generator=self.generator, device=device_of_draws)
         noise = iter(noise.to(device).flatten(1, 2))                        # S × (B·count, C)
         return lambda shape: next(noise)

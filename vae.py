@@ -1,7 +1,7 @@
 """KL autoencoder: pixels <-> continuous latents. The "KL-16" of MAR, which is LDM's AutoencoderKL.
 
-Paper: "High-Resolution Image Synthesis with Latent Diffusion Models" (2112.10752), appendix G; Harmon uses it frozen.
-Parameter names are those of the published kl16.ckpt.
+Paper: "High-Resolution Image Synthesis with Latent Diffusion Models" (2112.10752), appendix G; Harmon uses it
+frozen. Parameter names are those of the published kl16.ckpt.
 
 Letters: B batch, H×W pixels, h×w latent grid (H / stride, W / stride), C latent channels.
 """
@@ -15,7 +15,7 @@ from torch import nn
 @dataclass(frozen=True)
 class VAEConfig:
     ch: int = 128                       # channels of the first level
-    ch_mult: tuple = (1, 1, 2, 2, 4)    # channels of each level, in units of ch; one level more than stride-2 steps
+    ch_mult: tuple = (1, 1, 2, 2, 4)    # channels of each level, in units of ch
     z_channels: int = 16                # C
 
     @property
@@ -58,8 +58,11 @@ class AttnBlock(nn.Module):
     def forward(self, x):
         B, c, h, w = x.shape
         y = self.norm(x)
-        q, k, v = (f(y).reshape(B, 1, c, h * w).transpose(2, 3) for f in (self.q, self.k, self.v))  # (B, 1, hw, c)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, c, h, w)
+        q = self.q(y).reshape(B, 1, c, h * w).transpose(2, 3)               # (B, 1, hw, c)
+        k = self.k(y).reshape(B, 1, c, h * w).transpose(2, 3)
+        v = self.v(y).reshape(B, 1, c, h * w).transpose(2, 3)
+        y = F.scaled_dot_product_attention(q, k, v)
+        y = y.transpose(2, 3).reshape(B, c, h, w)
         return x + self.proj_out(y)
 
 
@@ -154,7 +157,8 @@ class Posterior:
         return self.mean
 
     def sample(self, generator=None):
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device,
+                            dtype=self.mean.dtype)
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self):
@@ -165,7 +169,8 @@ class Posterior:
 class AutoencoderKL(nn.Module):
     """encode: pixels (B, 3, H, W) in [-1, 1] -> Posterior. decode: z (B, C, h, w) -> pixels, not clamped.
 
-    Latents here are unscaled; `Harmon` multiplies by its `vae_scale`. H and W must be multiples of `config.stride`.
+    Latents here are unscaled; `Harmon` multiplies by its `vae_scale`. H and W must be multiples of
+    `config.stride`.
     """
 
     def __init__(self, config=VAEConfig()):
@@ -178,7 +183,8 @@ class AutoencoderKL(nn.Module):
     def encode(self, pixels):
         H, W = pixels.shape[-2:]
         if H % self.config.stride or W % self.config.stride:
-            raise ValueError(f"image is {H}x{W} pixels; height and width must be multiples of the VAE's stride, {self.config.stride}")
+            raise ValueError(f"image is {H}x{W} pixels; height and width must be multiples of the VAE's "
+                             f"stride, {self.config.stride}")
         return Posterior(self.quant_conv(self.encoder(pixels)))
 
     def decode(self, z):

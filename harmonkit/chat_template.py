@@ -1,4 +1,5 @@
-"""Prompts: the chat template, the tokenizer, token ids, padding. Supplement of the paper, "Prompts"; Qwen2.5's ChatML.
+"""Prompts: the chat template, the tokenizer, token ids, padding. Supplement of the paper, "Prompts";
+Qwen2.5's ChatML.
 
     <|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>
 """
@@ -12,7 +13,7 @@ IGNORE_INDEX = -100              # in labels: no loss here
 END, PAD = "<|im_end|>", "<|endoftext|>"
 USER, ASSISTANT = "<|im_start|>user\n", "<|im_start|>assistant\n"
 GENERATE = "Generate an image: {caption}"
-UNCONDITIONAL = "Generate an image."                # for classifier-free guidance, in training and in sampling
+UNCONDITIONAL = "Generate an image."                # of classifier-free guidance
 
 
 def load_tokenizer(path) -> Tokenizer:
@@ -32,13 +33,14 @@ def load_tokenizer(path) -> Tokenizer:
 def tokenize(tokenizer, text: str) -> list:
     """Token ids of a text as it is. Raises ValueError for a model without a tokenizer."""
     if tokenizer is None:
-        raise ValueError("this model has no tokenizer; give from_pretrained(tokenizer=…), a tokenizer.json or a folder "
-                         "with one")
+        raise ValueError("this model has no tokenizer; give from_pretrained(tokenizer=…), a tokenizer.json "
+                         "or a folder with one")
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def prompt_ids(tokenizer, question: str, *, num_image_tokens=0, history=()) -> list:
-    """Token ids of a conversation that waits for the answer to `question`. history: earlier (question, answer) pairs.
+    """Token ids of a conversation that waits for the answer to `question`. history: earlier (question,
+    answer) pairs.
 
     num_image_tokens > 0: that many IMAGE_TOKEN_ID open the first user turn. The text before and after them is
     tokenized separately, as in the original.
@@ -54,7 +56,8 @@ def prompt_ids(tokenizer, question: str, *, num_image_tokens=0, history=()) -> l
 
 
 def training_ids(tokenizer, turns, *, num_image_tokens=0, max_length=None) -> tuple:
-    """[(question, answer or None), …] -> (ids, labels), two lists of one length. Answers and their END are labelled.
+    """[(question, answer or None), …] -> (ids, labels), two lists of one length. Answers and their END are
+    labelled.
 
     max_length: text tokens at most; a longer text is cut at its end, image tokens never are.
     """

@@ -1,7 +1,7 @@
 """Weights on disk: find them, read any format that users have, load them strictly, save them.
 
-Read are safetensors (one file, or shards with an index) and torch pickles (`.pth`, `.ckpt`, `.pt`; always with
-weights_only=True). Tensors are views of the memory-mapped file until they are converted or moved.
+Read are safetensors (one file, or shards with an index) and torch pickles (`.pth`, `.ckpt`, `.pt`; always
+with weights_only=True). Tensors are views of the memory-mapped file until they are converted or moved.
 """
 import json
 import os
@@ -19,10 +19,12 @@ from harmonkit.chat_template import load_tokenizer
 from harmonkit.config import HarmonConfig, infer_config, read_json
 
 PACKAGE = Path(__file__).resolve().parent
-BUNDLED = next(p for p in (PACKAGE / "bundled", PACKAGE.parent / "checkpoints") if p.is_dir() or p.parent != PACKAGE)
+BUNDLED = PACKAGE / "bundled"                       # of an installed package
+if not BUNDLED.is_dir():
+    BUNDLED = PACKAGE.parent / "checkpoints"        # of a checkout
 
 
-# ---- find ----------------------------------------------------------------------------------------------------
+# ---- find ----------------------------------------------------------------------------------------
 
 def find_model(path) -> Path:
     """A bundled model's name, a path or a hub id -> an existing file or folder. Raises FileNotFoundError."""
@@ -32,29 +34,32 @@ def find_model(path) -> Path:
         return BUNDLED / str(path)
     is_hub_id = str(path).count("/") == 1 and not Path(path).suffix and not str(path).startswith((".", "/"))
     if not is_hub_id:
-        raise FileNotFoundError(f"{path}: no such file or folder, and not the name of a bundled model or a hub id "
-                                "like wusize/Harmon-0_5B")
+        raise FileNotFoundError(f"{path}: no such file or folder, and not the name of a bundled model or a "
+                                "hub id like wusize/Harmon-0_5B")
     from huggingface_hub import snapshot_download  # tokenizers depends on it; needed only here
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # the hub raises many types
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise FileNotFoundError(f"{path}: no such folder, and fetching it from the hub failed ({reason})") from None
+        raise FileNotFoundError(f"{path}: no such folder, and the hub did not give it ({reason})") from None
 
 
 def find_config(model) -> HarmonConfig:
-    """The configuration of a model without its weights: of an official name, or of a folder with a config.json."""
+    """The configuration of a model without its weights: of an official name, or of a folder with a
+    config.json.
+    """
     if model in ("harmon-0.5b", "harmon-1.5b"):
         return HarmonConfig.from_name(model)
     file = find_model(model) / "config.json"
     return HarmonConfig.from_json(read_json(file), file)
 
 
-# ---- read ----------------------------------------------------------------------------------------------------
+# ---- read ----------------------------------------------------------------------------------------
 
 def read(path) -> dict:
-    """{name: tensor} of a file, or of a folder with model.safetensors or model.safetensors.index.json and its shards.
+    """{name: tensor} of a file, or of a folder with model.safetensors or model.safetensors.index.json and its
+    shards.
 
     A pickle may be wrapped: of {"model": …, "model_ema": …} the averaged weights are taken.
     Raises FileNotFoundError or ValueError that name the file and say what is wrong with it.
@@ -66,10 +71,11 @@ def read(path) -> dict:
         if index.is_file():
             return read_sharded(index)
         if not single.is_file() and any(path.glob("step-*.pt")):
-            raise FileNotFoundError(f"{path}: a run of train.py, no model; the same train.py command with --export FOLDER "
-                                    "makes one of it")
+            raise FileNotFoundError(f"{path}: a run of train.py, no model; the same train.py command with "
+                                    "--export FOLDER makes one of it")
         if not single.is_file():
-            raise FileNotFoundError(f"{path}: neither model.safetensors nor model.safetensors.index.json is in this folder")
+            raise FileNotFoundError(f"{path}: neither model.safetensors nor model.safetensors.index.json "
+                                    "is in this folder")
         path = single
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -81,7 +87,8 @@ def read_safetensors(path) -> dict:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error}); download or write it again") from None
+        raise ValueError(f"{path}: not a complete safetensors file ({error}); "
+                         "download or write it again") from None
 
 
 def read_sharded(index) -> dict:
@@ -112,8 +119,7 @@ def read_pickle(path) -> dict:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
-    is_state = isinstance(content, dict) and content and all(isinstance(v, torch.Tensor) for v in content.values())
-    if not is_state:
+    if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
         raise ValueError(f"{path}: expected a dictionary of tensors, possibly under 'model' or 'model_ema'")
     return content
 
@@ -125,13 +131,14 @@ def shorten(names, most=4) -> str:
     return ", ".join(names[:most]) + more
 
 
-# ---- load ----------------------------------------------------------------------------------------------------
+# ---- load ----------------------------------------------------------------------------------------
 
 def load_strict(module, tensors, source, *, device=None, dtype=None):
-    """Make `tensors` the parameters of `module` (usually on the meta device): the same names, the same shapes.
+    """Make `tensors` the parameters of `module` (usually on the meta device): the same names, the same
+    shapes.
 
-    Of names tied to one parameter, one is enough. `tensors` is emptied on the way, so that each source tensor is freed
-    once it is converted. Raises ValueError that names `source` and the keys.
+    Of names tied to one parameter, one is enough. `tensors` is emptied on the way, so that each source tensor
+    is freed once it is converted. Raises ValueError that names `source` and the keys.
     """
     names_of = {}                                   # parameter -> its names, several where weights are tied
     for name, parameter in module.state_dict(keep_vars=True).items():
@@ -145,7 +152,8 @@ def load_strict(module, tensors, source, *, device=None, dtype=None):
             missing.append(names[0])
         for name in found:
             if tensors[name].shape != parameter.shape:
-                wrong_shape.append(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}")
+                shape, wanted = tuple(tensors[name].shape), tuple(parameter.shape)
+                wrong_shape.append(f"{name} is {shape}, expected {wanted}")
     unexpected = sorted(set(tensors) - expected)
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": wrong_shape}
     problems = [f"{kind}: {shorten(keys)}" for kind, keys in kinds.items() if keys]
@@ -160,7 +168,14 @@ def load_strict(module, tensors, source, *, device=None, dtype=None):
 
 
 def from_pretrained(model_class, path, *, config=None, vae=None, tokenizer=None, device=None, dtype=None):
-    """`Harmon.from_pretrained`; model_class is Harmon."""
+    """A model with its weights, in eval mode. model_class: Harmon.
+
+    path: "harmon-tiny", which is bundled; a folder of ours or of Hugging Face; an official `.pth` with vae=
+    (kl16.ckpt) and tokenizer= (a tokenizer.json or its folder) beside it; or a hub id: wusize/Harmon-0_5B.
+    config: a HarmonConfig, needed only for sizes that are not official. device: default CUDA if there is one.
+    dtype: default float32 on the CPU, bfloat16 elsewhere.
+    Raises FileNotFoundError or ValueError that name the file and the keys.
+    """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     path = find_model(path)
@@ -174,7 +189,8 @@ def from_pretrained(model_class, path, *, config=None, vae=None, tokenizer=None,
         tensors = {name: t for name, t in tensors.items() if not name.startswith("vae.")}
         tensors |= {f"vae.{name.removeprefix('vae.')}": t for name, t in read(vae).items()}
     elif not any(name.startswith("vae.") for name in tensors):
-        raise ValueError(f"{path}: there is no VAE in it; give the VAE's file as vae= (--vae), kl16.ckpt for official weights")
+        raise ValueError(f"{path}: there is no VAE in it; give the VAE's file as vae= (--vae), kl16.ckpt for "
+                         "official weights")
     with torch.device("meta"):
         model = model_class(config)
     load_strict(model, tensors, path, device=device, dtype=dtype)
@@ -184,10 +200,12 @@ def from_pretrained(model_class, path, *, config=None, vae=None, tokenizer=None,
     return model.eval()
 
 
-# ---- save ----------------------------------------------------------------------------------------------------
+# ---- save ----------------------------------------------------------------------------------------
 
 def save_pretrained(model, folder, dtype=None):
-    """Write config.json, model.safetensors and tokenizer.json, which from_pretrained reads. dtype: default the model's."""
+    """Write config.json, model.safetensors and tokenizer.json, which from_pretrained reads. dtype: default
+    the model's.
+    """
     folder = Path(folder)
     state = model.state_dict()
     if model.config.llm.tie_word_embeddings:
@@ -201,14 +219,16 @@ def save_pretrained(model, folder, dtype=None):
 
 @contextmanager
 def atomic_write(path):
-    """A temporary path beside `path`. It replaces `path` when the block ends well and is deleted otherwise."""
+    """A temporary path beside `path`. It replaces `path` when the block ends well and is deleted
+    otherwise.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
     try:
         yield temporary
-        os.chmod(temporary, 0o644)                  # mkstemp and safetensors make files that only their owner can read
+        os.chmod(temporary, 0o644)                  # mkstemp and safetensors let only the owner read
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

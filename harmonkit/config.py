@@ -1,6 +1,7 @@
 """Sizes of the published models, and config.json.
 
-A config.json of ours uses the names of Hugging Face's folders (wusize/Harmon-0_5B), so both are read by the same code.
+A config.json of ours uses the names of Hugging Face's folders (wusize/Harmon-0_5B), so both are read by the
+same code.
 """
 import json
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,18 +25,24 @@ LLM_SIZES = {
                        num_attention_heads=6, num_key_value_heads=2, vocab_size=512),
 }
 MAR_SIZES = {
-    "mar_base": MARConfig(embed_dim=768, encoder_depth=12, decoder_depth=12, num_heads=12, head_depth=6, head_width=1024),
-    "mar_large": MARConfig(embed_dim=1024, encoder_depth=16, decoder_depth=16, num_heads=16, head_depth=8, head_width=1280),
-    "mar_huge": MARConfig(embed_dim=1280, encoder_depth=20, decoder_depth=20, num_heads=16, head_depth=12, head_width=1536),
-    "tiny": MARConfig(img_size=64, vae_stride=8, embed_dim=192, encoder_depth=4, decoder_depth=4, num_heads=6,
-                      buffer_size=8, token_dim=8, class_num=150, dropout=0.0, head_depth=3, head_width=192, x0_clip=7.0),
+    "mar_base": MARConfig(embed_dim=768, encoder_depth=12, decoder_depth=12, num_heads=12,
+                          head_depth=6, head_width=1024),
+    "mar_large": MARConfig(embed_dim=1024, encoder_depth=16, decoder_depth=16, num_heads=16,
+                           head_depth=8, head_width=1280),
+    "mar_huge": MARConfig(embed_dim=1280, encoder_depth=20, decoder_depth=20, num_heads=16,
+                          head_depth=12, head_width=1536),
+    "tiny": MARConfig(embed_dim=192, encoder_depth=4, decoder_depth=4, num_heads=6,
+                      head_depth=3, head_width=192, img_size=64, vae_stride=8, token_dim=8,
+                      buffer_size=8, class_num=150, dropout=0.0, x0_clip=7.0),
 }
 MAR_KEYS = {  # name in config.json -> field of MARConfig
     "img_size": "img_size", "vae_stride": "vae_stride", "encoder_embed_dim": "embed_dim",
     "encoder_depth": "encoder_depth", "decoder_depth": "decoder_depth", "encoder_num_heads": "num_heads",
-    "mlp_ratio": "mlp_ratio", "buffer_size": "buffer_size", "vae_embed_dim": "token_dim", "class_num": "class_num",
-    "attn_dropout": "dropout", "diffloss_d": "head_depth", "diffloss_w": "head_width",
-    "num_sampling_steps": "diffusion_steps", "diffusion_batch_mul": "diffusion_batch_mul", "x0_clip": "x0_clip",
+    "mlp_ratio": "mlp_ratio", "buffer_size": "buffer_size", "vae_embed_dim": "token_dim",
+    "class_num": "class_num", "attn_dropout": "dropout",
+    "diffloss_d": "head_depth", "diffloss_w": "head_width",
+    "num_sampling_steps": "diffusion_steps", "diffusion_batch_mul": "diffusion_batch_mul",
+    "x0_clip": "x0_clip",
 }
 
 
@@ -49,7 +56,9 @@ def named_size(table: dict, name: str):
 
 @dataclass(frozen=True)
 class HarmonConfig:
-    """The sizes of all components. vae_scale: factor on the VAE's latents, which brings them to unit variance."""
+    """The sizes of all components. vae_scale: factor on the VAE's latents, which brings them to unit
+    variance.
+    """
     llm: QwenConfig
     mar: MARConfig
     vae: VAEConfig = VAEConfig()
@@ -57,39 +66,45 @@ class HarmonConfig:
 
     @classmethod
     def from_name(cls, name: str) -> "HarmonConfig":
-        """The configuration of "harmon-0.5b", "harmon-1.5b" or "harmon-tiny". Raises ValueError for another name."""
+        """The configuration of "harmon-0.5b", "harmon-1.5b" or "harmon-tiny". Raises ValueError for another
+        name.
+        """
         if name not in HARMON_SIZES:
             raise ValueError(f"unknown model {name!r}; known: {', '.join(HARMON_SIZES)}")
         return HARMON_SIZES[name]
 
     @classmethod
     def from_json(cls, content: dict, source="config.json") -> "HarmonConfig":
-        """The configuration in a config.json of ours or of Hugging Face. Raises ValueError that names `source`."""
+        """The configuration in a config.json of ours or of Hugging Face. Raises ValueError that names
+        `source`.
+        """
         try:
-            llm = QwenConfig(**{f.name: content["llm"][f.name] for f in fields(QwenConfig) if f.name in content["llm"]})
+            known = {field.name for field in fields(QwenConfig)}
+            llm = QwenConfig(**{key: value for key, value in content["llm"].items() if key in known})
             given = content["mar"]
             mar = named_size(MAR_SIZES, given["type"]) if "type" in given else MARConfig()
             mar = replace(mar, **{field: given[key] for key, field in MAR_KEYS.items() if key in given})
-            mar = replace(mar, diffusion_steps=int(mar.diffusion_steps))       # the official files hold a string
+            mar = replace(mar, diffusion_steps=int(mar.diffusion_steps))    # a string in official files
             vae = dict(content.get("vae", {}))
             if "ch_mult" in vae:
                 vae["ch_mult"] = tuple(vae["ch_mult"])
             return cls(llm, mar, VAEConfig(**vae), content.get("vae_scale", cls.vae_scale))
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{source}: not a Harmon configuration ({type(error).__name__}: {error})") from None
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{source}: not a Harmon configuration ({reason})") from None
 
     def to_json(self) -> dict:
         """The content of config.json."""
         mar = {key: getattr(self.mar, field) for key, field in MAR_KEYS.items()}
-        vae = asdict(self.vae)
-        return {"model_type": "harmon", "llm": asdict(self.llm), "mar": mar, "vae": vae, "vae_scale": self.vae_scale}
+        return {"model_type": "harmon", "llm": asdict(self.llm), "mar": mar, "vae": asdict(self.vae),
+                "vae_scale": self.vae_scale}
 
 
 HARMON_SIZES = {
     "harmon-0.5b": HarmonConfig(LLM_SIZES["qwen2.5-0.5b"], MAR_SIZES["mar_base"]),
     "harmon-1.5b": HarmonConfig(LLM_SIZES["qwen2.5-1.5b"], MAR_SIZES["mar_huge"]),
-    "harmon-tiny": HarmonConfig(LLM_SIZES["tiny"], MAR_SIZES["tiny"], VAEConfig(ch=32, ch_mult=(1, 1, 2, 2), z_channels=8),
-                                vae_scale=1.0),
+    "harmon-tiny": HarmonConfig(LLM_SIZES["tiny"], MAR_SIZES["tiny"],
+                                VAEConfig(ch=32, ch_mult=(1, 1, 2, 2), z_channels=8), vae_scale=1.0),
 }
 
 
@@ -99,14 +114,14 @@ def infer_config(tensors: dict, source) -> HarmonConfig:
         llm_width = tensors["llm.model.embed_tokens.weight"].shape[1]
         mar_width = tensors["mar.z_proj.weight"].shape[0]
     except KeyError as error:
-        raise ValueError(f"{source}: no {error} in it, so this is not a Harmon checkpoint; a Hugging Face folder is "
-                         "given as the folder, a VAE as vae=") from None
+        raise ValueError(f"{source}: no {error} in it, so this is not a Harmon checkpoint; a Hugging Face "
+                         "folder is given as the folder, a VAE as vae=") from None
     for name in ("harmon-0.5b", "harmon-1.5b"):
         config = HarmonConfig.from_name(name)
         if (llm_width, mar_width) == (config.llm.hidden_size, config.mar.embed_dim):
             return config
-    raise ValueError(f"{source}: an LLM of width {llm_width} with a MAR of width {mar_width} is not an official size; "
-                     "give config=, a HarmonConfig")
+    raise ValueError(f"{source}: LLM width {llm_width} and MAR width {mar_width} are of no official model; "
+                     "give config=, or the folder that train.py --export wrote")
 
 
 def read_json(path):

@@ -15,7 +15,8 @@ def rank_and_world_size() -> tuple:
 
 
 def choose_device(name=None) -> torch.device:
-    """The device of a `--device` flag; default: CUDA if there is one. Under torchrun each process gets its own GPU.
+    """The device of a `--device` flag; default: CUDA if there is one. Under torchrun each process gets its
+    own GPU.
 
     Raises ValueError for an unknown device, or for CUDA where there is none.
     """
@@ -33,7 +34,9 @@ def choose_device(name=None) -> torch.device:
 
 
 def choose_dtype(path, device) -> torch.dtype:
-    """The dtype of `--dtype auto`: bfloat16, except float32 on CPUs for models below 1 GB or without bfloat16 products."""
+    """The dtype of `--dtype auto`: bfloat16, except float32 on CPUs for models below 1 GB or without bfloat16
+    products.
+    """
     if device.type != "cpu":
         return torch.bfloat16
     path = find_model(path)

@@ -1,10 +1,11 @@
-"""Fast paths, put on a model from outside; the plain files know nothing of them. Each is tested equal to the plain path.
+"""Fast paths, put on a model from outside; the plain files know nothing of them. Each is tested equal to the
+plain path.
 
-packed: oneDNN reorders a weight into the layout of the processor's vector or matrix instructions at every product.
-For few rows that takes longer than the product, so here it is done once. x86 only.
+packed: oneDNN reorders a weight into the layout of the processor's vector or matrix instructions at every
+product. For few rows that takes longer than the product, so here it is done once. x86 only.
 
-modulations: shift, scale and gate of the diffusion head do not depend on the noisy token. The sampler computes those of
-many diffusion steps in one large product: 60% of the head's arithmetic.
+modulations: shift, scale and gate of the diffusion head do not depend on the noisy token. The sampler
+computes those of many diffusion steps in one large product: 60% of the head's arithmetic.
 
 attention: FlashAttention on CUDA where it is installed; on the CPU a quicker backward pass in half precision.
 """
@@ -27,10 +28,11 @@ MODES = ("auto", "eager", "packed", "compiled")
 
 
 def accelerate(model, mode: str):
-    """Put a mode's fast paths on a Harmon, in place, for inference; results stay the same up to rounding. Returns it.
+    """Put a mode's fast paths on a Harmon, in place, for inference; results stay the same up to rounding.
+    Returns it.
 
-    auto: packed weights where they measured faster, packing time included; else eager. Raises ValueError for an
-    unknown mode, or for packed where weights cannot be packed.
+    auto: packed weights where they measured faster, packing time included; else eager. Raises ValueError for
+    an unknown mode, or for packed where weights cannot be packed.
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
@@ -54,13 +56,13 @@ def accelerate(model, mode: str):
     return model
 
 
-# ---- packed weights ------------------------------------------------------------------------------------------
+# ---- packed weights ------------------------------------------------------------------------------
 
 class Packed:
     """The forward of a linear layer whose weight is in oneDNN's layout.
 
-    activation ("none", "gelu", "swish") is applied to the result, and `times` is multiplied with it, while the result is
-    in the cache.
+    activation ("none", "gelu", "swish") is applied to the result, and `times` is multiplied with it, while
+    the result is in the cache.
     """
 
     def __init__(self, layer):
@@ -87,14 +89,15 @@ def pack(model):
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             layer.forward = Packed(layer)
-            # The packed weight replaces the plain one, so that no weight lies in memory twice. Token embeddings are
-            # read row by row too and stay plain.
+            # The packed weight replaces the plain one, so that no weight lies in memory twice. Token
+            # embeddings are read row by row too and stay plain.
             if layer.weight is not model.llm.model.embed_tokens.weight:
                 layer.weight = nn.Parameter(layer.forward.weight, requires_grad=False)
                 layer.register_state_dict_post_hook(unpack)
     for module in model.modules():
         if isinstance(module, llm.MLP):
-            module.forward = partial(swiglu, module.gate_proj.forward, module.up_proj.forward, module.down_proj.forward)
+            module.forward = partial(
+                swiglu, module.gate_proj.forward, module.up_proj.forward, module.down_proj.forward)
         elif isinstance(module, mar.MLP):
             module.forward = partial(activated_mlp, "gelu", module.fc1.forward, module.fc2.forward)
         elif isinstance(module, ResBlock):
@@ -114,13 +117,15 @@ def unpack(layer, state, prefix, _):
     state[prefix + "weight"] = state[prefix + "weight"].to_dense()
 
 
-# ---- the head's modulations, many diffusion steps at once ------------------------------------------------------
+# ---- the head's modulations, many diffusion steps at once ----------------------------------------
 
 ROWS_AT_ONCE = 1024                             # of one product of modulations; more would leave the cache
 
 
 def modulated_net(net, x, modulations):
-    """SimpleMLPAdaLN for x (M, C) with shift, scale and gate of each block (M, 3W) and of the final layer (M, 2W) given."""
+    """SimpleMLPAdaLN for x (M, C) with shift, scale and gate of each block (M, 3W) and of the final layer (M,
+    2W) given.
+    """
     x = net.input_proj(x.to(net.input_proj.weight.dtype))                   # (M, W)
     for block, modulation in zip(net.res_blocks, modulations):
         shift, scale, gate = modulation.chunk(3, dim=1)
@@ -131,17 +136,21 @@ def modulated_net(net, x, modulations):
 
 
 def batch_modulations(head, run=modulated_net):
-    """Replace `DiffusionHead.denoiser` by one that computes the modulations of many diffusion steps at once."""
+    """Replace `DiffusionHead.denoiser` by one that computes the modulations of many diffusion steps at
+    once.
+    """
     head.denoiser = partial(batched_denoiser, head.net, run)
 
 
 def batched_denoiser(net, run, z, timesteps):
-    """`DiffusionHead.denoiser` of a head with this net: (x (M, C), step i) -> (M, 2C). Steps go down from the last."""
+    """`DiffusionHead.denoiser` of a head with this net: (x (M, C), step i) -> (M, 2C). Steps go down from the
+    last.
+    """
     cond = net.cond_embed(z)                                                # (M, W)
     time = net.time_embed(timesteps)                                        # (S, W)
     layers = [layer.adaLN_modulation[1] for layer in (*net.res_blocks, net.final_layer)]
     steps_at_once = max(1, ROWS_AT_ONCE // len(z))
-    ready = {}                                                              # step -> its modulations, a list over layers
+    ready = {}                                      # step -> modulations of all layers
 
     def denoise(x, i):
         if i not in ready:
@@ -153,10 +162,12 @@ def batched_denoiser(net, run, z, timesteps):
     return denoise
 
 
-# ---- attention -----------------------------------------------------------------------------------------------
+# ---- attention -----------------------------------------------------------------------------------
 
 def patch_attention(device):
-    """Replace scaled_dot_product_attention in mar.py and llm.py, for this process, by what is faster on the device."""
+    """Replace scaled_dot_product_attention in mar.py and llm.py, for this process, by what is faster on the
+    device.
+    """
     if device.type == "cpu":
         function = cpu_attention
     elif flash_attn_func() is not None:
@@ -177,7 +188,9 @@ def flash_attn_func():
 
 
 def flash_attention(q, k, v, attn_mask=None, dropout_p=0.0):
-    """FlashAttention for CUDA half precision without a mask; torch's attention otherwise. Shapes as torch's."""
+    """FlashAttention for CUDA half precision without a mask; torch's attention otherwise. Shapes as
+    torch's.
+    """
     if attn_mask is not None or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > 256:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)       # (B, L, heads, d)
@@ -185,7 +198,9 @@ def flash_attention(q, k, v, attn_mask=None, dropout_p=0.0):
 
 
 def cpu_attention(q, k, v, attn_mask=None, dropout_p=0.0):
-    """The definition where a half-precision backward pass follows, which takes torch five times as long on the CPU."""
+    """The definition where a half-precision backward pass follows, which takes torch five times as long on
+    the CPU.
+    """
     is_half = q.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
     if not (is_half and torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
@@ -195,10 +210,11 @@ def cpu_attention(q, k, v, attn_mask=None, dropout_p=0.0):
     return F.dropout(scores.softmax(dim=-1), dropout_p) @ v
 
 
-# ---- memory of long texts --------------------------------------------------------------------------------------
+# ---- memory of long texts ------------------------------------------------------------------------
 
 def chunk_next_token_loss(model, chunk=1024):
-    """Let `Harmon.next_token_loss` score the vocabulary for `chunk` positions at a time, again in the backward pass.
+    """Let `Harmon.next_token_loss` score the vocabulary for `chunk` positions at a time, again in the
+    backward pass.
 
     Scores of 8,192 positions over 151,936 words take 5 GB in float32.
     """

@@ -5,19 +5,25 @@ Generation crops a square; understanding pads to one, so that nothing is cut off
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from harmonkit.checkpoints import atomic_write
 
 GREY = (127, 127, 127)             # of the padding
 
 
-def open_image(path) -> Image.Image:
-    """The RGB image in a file. Raises FileNotFoundError or ValueError that name the file."""
+def open_image(file) -> Image.Image:
+    """The RGB image in a file, given as a path or as a binary file object.
+
+    Raises FileNotFoundError or ValueError that name the file.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return image.convert("RGB")
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises SyntaxError for broken PNGs
-        raise ValueError(f"{path}: not an image that can be read ({error})") from None
+        raise FileNotFoundError(f"{file}: no such file") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:   # SyntaxError: a broken PNG
+        raise ValueError(f"{getattr(file, 'name', file)}: not an image that can be read ({error})") from None
 
 
 def image_to_pixels(image, size) -> torch.Tensor:
@@ -51,7 +57,9 @@ def crop_square(image, x, y) -> Image.Image:
 
 
 def training_squares(image, task, crops, rng) -> list:
-    """The squares that a task trains on: `crops` random ones, the middle one for crops = 0; for understanding one, padded."""
+    """The squares that a task trains on: `crops` random ones, the middle one for crops = 0; for understanding
+    one, padded.
+    """
     if task == "image2text":
         return [pad_to_square(image)]
     if crops == 0:
@@ -70,3 +78,22 @@ def reject_reason(image, task, size) -> str:
     if max(image.size) > 10 * min(image.size):
         return f"{image.width}×{image.height} pixels, more than ten times as long as wide"
     return ""
+
+
+def save_png(path, image, **metadata):
+    """Write a PNG atomically, with the texts as metadata."""
+    info = PngInfo()
+    for key, value in metadata.items():
+        info.add_itxt(key, str(value))
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def image_grid(images) -> Image.Image:
+    """The images in rows and columns on one sheet, nearly square."""
+    columns = next(c for c in range(1, len(images) + 1) if c * c >= len(images))
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet

@@ -1,4 +1,6 @@
-"""From text to images and from images to text: what surrounds the model's tensors. Functions get the model handed in."""
+"""From text to images and from images to text: what surrounds the model's tensors. Functions get the model
+handed in.
+"""
 import torch
 import torch.nn.functional as F
 
@@ -8,20 +10,24 @@ from llm import KVCache
 
 
 def token_grid(model, size=None) -> tuple:
-    """size in pixels, an int or (H, W), None = native -> (h, w) tokens. Raises ValueError for no multiple of the stride."""
+    """size in pixels, an int or (H, W), None = native -> (h, w) tokens. Raises ValueError for no multiple of
+    the stride.
+    """
     if size is None:
         size = model.config.mar.img_size
     H, W = (size, size) if isinstance(size, int) else size
     s = model.config.vae.stride
     if H < s or W < s or H % s or W % s:
-        raise ValueError(f"size {H}x{W} is not possible: height and width must be positive multiples of {s} pixels")
+        raise ValueError(f"size {H}x{W} is not possible: height and width must be positive multiples of {s}")
     return H // s, W // s
 
 
-# ---- text -> images ------------------------------------------------------------------------------------------
+# ---- text -> images ------------------------------------------------------------------------------
 
 def generation_prompts(model, prompts, cfg) -> tuple:
-    """input_ids and attention_mask (rows, L) of prompts, followed by as many unconditional rows unless cfg is 1."""
+    """input_ids and attention_mask (rows, L) of prompts, followed by as many unconditional rows unless cfg is
+    1.
+    """
     texts = [GENERATE.format(caption=prompt.strip()) for prompt in prompts]
     if cfg != 1:
         texts += [UNCONDITIONAL] * len(prompts)
@@ -32,11 +38,12 @@ def generation_prompts(model, prompts, cfg) -> tuple:
 def generate_image(model, prompts, *, size=None, seed=0, cfg=3.0, image=None, mask=None, **sampling) -> list:
     """Draw one PIL image for each prompt.
 
-    prompts: a string or a list. size: pixels, an int or (H, W), multiples of the VAE's stride. seed: an int, image i
-    then uses seed + i; or a list with one for each image. An image depends on its prompt and seed, not on its batch.
-    image with mask (PIL): keep the image where the mask is black, redraw it where it is white (inpainting).
-    sampling: num_iter, cfg_schedule, temperature, solver, progress, … of `Harmon.sample`.
-    Raises ValueError for an empty prompt, an impossible size, settings outside their ranges, or an all-black mask.
+    prompts: a string or a list. size: pixels, an int or (H, W), multiples of the VAE's stride. seed: an int,
+    image i then uses seed + i; or a list with one for each image. An image depends on its prompt and seed,
+    not on its batch. image with mask (PIL): keep the image where the mask is black, redraw it where it is
+    white (inpainting). sampling: num_iter, cfg_schedule, temperature, solver, progress, … of `Harmon.sample`.
+    Raises ValueError for an empty prompt, an impossible size, settings outside their ranges, or an all-black
+    mask.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
@@ -70,22 +77,24 @@ def inpainting_pixels(model, image, mask, grid) -> tuple:
 
 
 def inpainting_canvas(model, original, redraw, batch_size) -> tuple:
-    """The latents (B, h, w, C) to start from and the mask (B, N): a token is redrawn if any of its pixels is."""
+    """The latents (B, h, w, C) to start from and the mask (B, N): a token is redrawn if any of its pixels
+    is.
+    """
     mask = F.max_pool2d(redraw.float(), model.config.vae.stride).bool().flatten(1)      # (1, N)
     if not mask.any():
-        raise ValueError("the mask is black everywhere: nothing to draw; white marks the part that is redrawn")
+        raise ValueError("the mask is black everywhere: nothing to draw; white marks the redrawn part")
     latents = model.encode(original)                                                    # (1, h, w, C)
     return latents.expand(batch_size, -1, -1, -1), mask.expand(batch_size, -1)
 
 
-# ---- images -> text ------------------------------------------------------------------------------------------
+# ---- images -> text ------------------------------------------------------------------------------
 
 @torch.no_grad()
 def chat(model, question, image=None, *, history=(), max_new_tokens=1024, size=None):
     """Answer a question, about a PIL image if given: yields pieces of text.
 
-    history: earlier (question, answer) pairs. size: pixels to which the image is resized, default the native size.
-    Raises ValueError for an empty question.
+    history: earlier (question, answer) pairs. size: pixels to which the image is resized, default the native
+    size. Raises ValueError for an empty question.
     """
     if not question.strip():
         raise ValueError("the question is empty")
@@ -113,13 +122,13 @@ def chat(model, question, image=None, *, history=(), max_new_tokens=1024, size=N
 def generate_batch(llm, inputs_embeds, attention_mask, *, max_new_tokens, eos_token_id) -> list:
     """Greedy decoding of prompts of different lengths: B lists of token ids, without eos.
 
-    inputs_embeds (B, L, H), padded on the right; attention_mask (B, L) bool, True = real. Row by row it gives what
-    `Qwen2.generate` gives for that row alone.
+    inputs_embeds (B, L, H), padded on the right; attention_mask (B, L) bool, True = real. Row by row it gives
+    what `Qwen2.generate` gives for that row alone.
     """
     B = len(inputs_embeds)
     cache = KVCache()
     hidden_states = llm(inputs_embeds=inputs_embeds, attention_mask=attention_mask, cache=cache)
-    last = attention_mask.sum(dim=1) - 1                                                # (B,) each row's last real position
+    last = attention_mask.sum(dim=1) - 1                # (B,) each row's last real position
     hidden_states = hidden_states[torch.arange(B, device=last.device), last]            # (B, H)
     tokens = []
     for _ in range(max_new_tokens):
@@ -128,5 +137,5 @@ def generate_batch(llm, inputs_embeds, attention_mask, *, max_new_tokens, eos_to
             break
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(B, 1)], dim=1)
         hidden_states = llm(tokens[-1][:, None], attention_mask=attention_mask, cache=cache)[:, -1]
-    rows = torch.stack(tokens, dim=1).tolist()                                          # (B, ≤ max_new_tokens)
+    rows = torch.stack(tokens, dim=1).tolist()                              # (B, ≤ max_new_tokens)
     return [row[:row.index(eos_token_id)] if eos_token_id in row else row for row in rows]
