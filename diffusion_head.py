@@ -24,15 +24,13 @@ def modulate(x, shift, scale):
 
 
 class TimestepEmbedder(nn.Module):
-    def __init__(self, width, num_features=256):
+    def __init__(self, width):
         super().__init__()
-        self.num_features = num_features
-        self.mlp = nn.Sequential(nn.Linear(num_features, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):                                                   # (M,)
-        half = self.num_features // 2
-        i = torch.arange(half, dtype=torch.float32, device=t.device)
-        frequencies = torch.exp(-math.log(10000) / half * i)                # (128,)
+        i = torch.arange(128, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(10000) / 128 * i)                 # (128,)
         angles = t[:, None].float() * frequencies                           # (M, 128)
         features = torch.cat([angles.cos(), angles.sin()], dim=1)           # (M, 256)
         return self.mlp(features.to(self.mlp[0].weight.dtype))              # (M, W)
@@ -202,27 +200,33 @@ def ancestral(predict, diffusion, draw_noise, temperature):
 
 
 def ddim(predict, diffusion, draw_noise, temperature):
-    """DDIM (2010.02502) without noise: the start decides."""
-    return dpm_solver(predict, diffusion, draw_noise(), order=1)
+    """DDIM (2010.02502): no noise but the start. Keep the predicted x_0 and ε, at the next smaller noise."""
+    alphas = diffusion.sqrt_alphas_cumprod.tolist()
+    sigmas = diffusion.sqrt_one_minus_alphas_cumprod.tolist()
+    x = draw_noise()
+    for i in reversed(range(1, diffusion.num_steps)):
+        x0, _ = predict(x, i)
+        eps = (x - alphas[i] * x0) / sigmas[i]
+        x = alphas[i - 1] * x0 + sigmas[i - 1] * eps
+    x0, _ = predict(x, 0)
+    return x0
 
 
 def dpmpp(predict, diffusion, draw_noise, temperature):
-    """DPM-Solver++(2M), 2211.01095: second order by the x_0 of the step before."""
-    return dpm_solver(predict, diffusion, draw_noise(), order=2)
-
-
-def dpm_solver(predict, diffusion, x, order):
-    """Algorithm 2 of 2211.01095, in x_0; of order 1 it is DDIM."""
-    alphas, sigmas = diffusion.sqrt_alphas_cumprod.tolist(), diffusion.sqrt_one_minus_alphas_cumprod.tolist()
-    last_x0, last_h = None, None
+    """DPM-Solver++(2M), algorithm 2 of 2211.01095: DDIM with x_0 extrapolated from the last two steps."""
+    alphas = diffusion.sqrt_alphas_cumprod.tolist()
+    sigmas = diffusion.sqrt_one_minus_alphas_cumprod.tolist()
+    log_snr = [math.log(alpha / sigma) for alpha, sigma in zip(alphas, sigmas)]
+    x, last_x0 = draw_noise(), None
     for i in reversed(range(1, diffusion.num_steps)):
         x0, _ = predict(x, i)
-        h = math.log(alphas[i - 1] / sigmas[i - 1]) - math.log(alphas[i] / sigmas[i])
+        h = log_snr[i - 1] - log_snr[i]
         target = x0
-        if order == 2 and last_x0 is not None:
+        if last_x0 is not None:
+            last_h = log_snr[i] - log_snr[i + 1]
             target = x0 + h / (2 * last_h) * (x0 - last_x0)
         x = sigmas[i - 1] / sigmas[i] * x - alphas[i - 1] * math.expm1(-h) * target
-        last_x0, last_h = x0, h
+        last_x0 = x0
     x0, _ = predict(x, 0)
     return x0
 

@@ -26,7 +26,8 @@ from harmonkit.pipeline import token_grid
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("prompt", nargs="?", help="the picture to draw, or with --image or --ask the question")
     add("--image", type=Path, help="ask about this image; with --mask, redraw a part of it")
