@@ -1,27 +1,51 @@
-# make demo: a virtual environment, the requirements, then a picture and an answer.   make test: the same set-up and the tests.
-# make notebooks: all of them anew, their key numbers held against the committed ones; make notebooks NOTEBOOKS=--write keeps the new outputs.
-# pip fetches torch's CUDA build on Linux. Without a GPU, torch's CPU build spares gigabytes: pass its index as PIP_FLAGS="--index-url …",
-# as the install selector on pytorch.org shows it.
+# make demo        six prompts drawn to out/demo.png, and answers about the first picture
+# make lab         JupyterLab in notebooks/
+# make check       lint, and the fast tests: under a minute
+# make test        all tests
+# make notebooks   run all notebooks and compare their key numbers; NOTEBOOKS=--write keeps the new outputs
+# make mutants     plant mistakes one by one and name the tests that catch each
+#
+# Each target first makes a virtual environment in $(VENV) and installs the project there. On Linux pip fetches
+# torch's CUDA build. For the CPU build pass the address that the install selector on pytorch.org shows:
+#     make demo PIP_FLAGS="--extra-index-url …"
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 NOTEBOOKS ?=
 BIN = $(VENV)/bin
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
+FAST = architecture chat_template
+FAST_TESTS = $(FAST:%=tests/test_%.py)
 
-.PHONY: demo test notebooks clean
+.PHONY: demo lab lint check test notebooks mutants clean
 
 demo: $(VENV)/run.stamp
-	$(BIN)/python demo.py
+	$(BIN)/python -m harmonkit.scripts.demo
+
+lab: $(VENV)/notebooks.stamp
+	$(BIN)/python -m jupyterlab --notebook-dir notebooks
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+
+check: lint
+	$(PYTEST) $(FAST_TESTS)
 
 test: $(VENV)/test.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 tests
+	$(PYTEST) tests
 
 notebooks: $(VENV)/test.stamp
 	$(BIN)/python notebooks/run.py $(NOTEBOOKS)
 
-$(VENV)/%.stamp: requirements.txt requirements-test.txt
+mutants: $(VENV)/test.stamp
+	$(BIN)/python tests/mutants.py
+
+$(VENV)/run.stamp: EXTRAS =
+$(VENV)/test.stamp: EXTRAS = [test]
+$(VENV)/notebooks.stamp: EXTRAS = [notebooks]
+$(VENV)/%.stamp: pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -r $(if $(filter test,$*),requirements-test.txt,requirements.txt)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -e ".$(EXTRAS)"
 	touch $@
 
 clean:

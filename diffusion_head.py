@@ -63,9 +63,7 @@ class FinalLayer(nn.Module):
 
 
 class SimpleMLPAdaLN(nn.Module):
-    """x (M, C) noisy tokens, t (M,) steps of the 1000, z (M, D) conditions -> (M, 2C): the noise ε, the
-    variance mix v.
-    """
+    """x (M, C) noisy tokens, t (M,) of the 1000 steps, z (M, D) conditions -> (M, 2C): ε and v."""
 
     def __init__(self, token_dim, cond_dim, depth, width):
         super().__init__()
@@ -329,9 +327,7 @@ class DiffusionHead(nn.Module):
         return SOLVERS[solver](predict, diffusion, draw_noise, temperature)
 
     def denoiser(self, z, timesteps):
-        """The network under conditions z: a function (x (M, C), step i) -> (M, 2C), called for i = S - 1 …
-        0.
-        """
+        """The network under conditions z: (x (M, C), step i) -> (M, 2C), to be called for i = S - 1 … 0."""
         def denoise(x, i):
             return self.net(x, timesteps[i].expand(len(x)), z)
         return denoise

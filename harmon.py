@@ -104,8 +104,7 @@ class Harmon(nn.Module):
 
     @torch.no_grad()
     def sample_steps(self, input_ids, attention_mask, settings, randomness, canvas, grid):
-        """Masked autoregressive generation, as a generator of steps: yields (tokens (B, N, C), mask (B, N)) K
-        times.
+        """Masked autoregressive generation: yields (tokens (B, N, C), mask (B, N)) after each of K steps.
 
         input_ids, attention_mask (rows, L): with guidance rows = 2B, [conditional; unconditional], else rows
         = B. settings: a Sampling. randomness: a Randomness. canvas: the tokens and the mask to start from.
@@ -139,9 +138,12 @@ class Harmon(nn.Module):
                 z = self.draw(x_enc, z_llm, mask.repeat(halves, 1), grid)   # (rows, N, D)
                 z = z[new.repeat(halves, 1)]                                # (halves·M, D)
                 count = int(new[0].sum())                                   # M / B, tokens per image
+                weight = settings.guidance(num_masked, num_tokens)
+                if weight == 1:
+                    z = z[:B * count]                                       # conditional rows only
                 drawn = self.mar.diffloss.sample(
-                    z, temperature=settings.temperature, cfg=settings.guidance(num_masked, num_tokens),
-                    noise_fn=randomness.noise(B, count, C, S, self.device), solver=settings.solver,
+                    z, temperature=settings.temperature, cfg=weight, solver=settings.solver,
+                    noise_fn=randomness.noise(B, count, C, S, self.device),
                     num_sampling_steps=settings.num_sampling_steps)
                 tokens = tokens.clone()
                 tokens[new] = drawn
@@ -182,9 +184,7 @@ class Harmon(nn.Module):
     # ---- losses ----------------------------------------------------------------------------------
 
     def visual_features(self, latents, mask=None):
-        """`see` for latents (B, h, w, C); mask (B, N), None = all visible -> x_enc (B, n+V, D), z_enc (B,
-        V+n, H).
-        """
+        """`see` for latents (B, h, w, C): x_enc (B, n+V, D), z_enc (B, V+n, H). mask: default all visible."""
         B, h, w, C = latents.shape
         if mask is None:
             mask = torch.zeros(B, h * w, dtype=torch.bool, device=latents.device)
@@ -212,9 +212,7 @@ class Harmon(nn.Module):
         return embeds.masked_scatter(is_image[..., None], z_enc.to(embeds.dtype))
 
     def masked_features(self, latents, mask, input_ids, attention_mask):
-        """What the MAR decoder gets, (B, n+V, D): latents (B, h, w, C) seen through a mask (B, N), after
-        prompts (B, L).
-        """
+        """The MAR decoder's input (B, n+V, D), for latents (B, h, w, C) under a mask and prompts (B, L)."""
         x_enc, z_enc = self.visual_features(latents, mask)
         shows_image = (input_ids == IMAGE_TOKEN_ID).any()                   # reconstruction alignment
         prompt = self.embed(input_ids, self.look(latents) if shows_image else None)

@@ -136,9 +136,7 @@ class DecoderLayer(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """`forward` gives hidden states after the final norm; `logits` turns them into scores over the
-    vocabulary.
-    """
+    """`forward` gives hidden states after the final norm, `logits` their scores over the vocabulary."""
 
     def __init__(self, config: QwenConfig = QwenConfig()):
         super().__init__()
@@ -199,9 +197,7 @@ class Qwen2(nn.Module):
 
     @torch.no_grad()
     def generate(self, inputs_embeds, *, max_new_tokens, eos_token_id=None):
-        """Greedy decoding after inputs_embeds (1, L, H): yields int token ids, at most max_new_tokens,
-        without eos.
-        """
+        """Greedy decoding after inputs_embeds (1, L, H): yields max_new_tokens ids at most, without eos."""
         cache = KVCache()
         hidden_states = self(inputs_embeds=inputs_embeds, cache=cache)
         for i in range(max_new_tokens):

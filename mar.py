@@ -248,9 +248,7 @@ def mask_schedule(num_tokens, num_iter):
 
 
 def random_mask(B, N, ratio=None, device=None):
-    """A mask of ceil(ratio · N) random tokens in each row. ratio: default from a normal (1, 0.25) cut to
-    [0.7, 1], as in MAR's training.
-    """
+    """A mask of ceil(ratio · N) random tokens a row. ratio: default MAR's, normal (1, 0.25) in [0.7, 1]."""
     if ratio is None:
         low = 0.5 * math.erfc(1.2 / math.sqrt(2))                           # Φ((0.7 - 1) / 0.25)
         u = low + (0.5 - low) * torch.rand((), dtype=torch.float64)

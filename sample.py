@@ -57,9 +57,7 @@ def parse_arguments(argv=None):
 
 
 def check_arguments(args):
-    """Raise ValueError or OSError for mistakes that show before a model is loaded. Returns the size (H, W) or
-    None.
-    """
+    """The size (H, W) or None. Raises ValueError or OSError for mistakes that show without a model."""
     if args.prompts is None and not args.chat and not (args.prompt or "").strip():
         raise ValueError("the prompt is empty; say what to draw or to ask, or give --prompts or --chat")
     if args.prompts is not None and (args.prompt or args.image or args.chat or args.ask):
@@ -111,9 +109,7 @@ def image_seed(seed, prompt_index, sample_index):
 
 
 def draw(model, args, size):
-    """Draw every prompt's images to args.out and print the paths: PROMPT-0.png …, and the grid PROMPT.png of
-    several.
-    """
+    """Draw every prompt's images to args.out, and their grid; print the path of the grid or image."""
     prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
     per_prompt = args.num_images or (4 if args.prompts is None else 1)
     h, w = token_grid(model, size)

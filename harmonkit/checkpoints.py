@@ -46,9 +46,7 @@ def find_model(path) -> Path:
 
 
 def find_config(model) -> HarmonConfig:
-    """The configuration of a model without its weights: of an official name, or of a folder with a
-    config.json.
-    """
+    """The configuration of an official name, or of a model folder. Raises FileNotFoundError, ValueError."""
     if model in ("harmon-0.5b", "harmon-1.5b"):
         return HarmonConfig.from_name(model)
     file = find_model(model) / "config.json"
@@ -62,7 +60,7 @@ def read(path) -> dict:
     shards.
 
     A pickle may be wrapped: of {"model": …, "model_ema": …} the averaged weights are taken.
-    Raises FileNotFoundError or ValueError that name the file and say what is wrong with it.
+    Raises FileNotFoundError or ValueError that name the file and its fault.
     """
     path = Path(path)
     if path.is_dir():
@@ -203,9 +201,7 @@ def from_pretrained(model_class, path, *, config=None, vae=None, tokenizer=None,
 # ---- save ----------------------------------------------------------------------------------------
 
 def save_pretrained(model, folder, dtype=None):
-    """Write config.json, model.safetensors and tokenizer.json, which from_pretrained reads. dtype: default
-    the model's.
-    """
+    """Write a folder that from_pretrained reads. dtype: of the file; default the model's."""
     folder = Path(folder)
     state = model.state_dict()
     if model.config.llm.tie_word_embeddings:
@@ -219,9 +215,7 @@ def save_pretrained(model, folder, dtype=None):
 
 @contextmanager
 def atomic_write(path):
-    """A temporary path beside `path`. It replaces `path` when the block ends well and is deleted
-    otherwise.
-    """
+    """A temporary path. It replaces `path` when the block ends well and is deleted otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)

@@ -56,9 +56,7 @@ def named_size(table: dict, name: str):
 
 @dataclass(frozen=True)
 class HarmonConfig:
-    """The sizes of all components. vae_scale: factor on the VAE's latents, which brings them to unit
-    variance.
-    """
+    """The sizes of all components. vae_scale: the factor that brings latents to unit variance."""
     llm: QwenConfig
     mar: MARConfig
     vae: VAEConfig = VAEConfig()
@@ -75,9 +73,7 @@ class HarmonConfig:
 
     @classmethod
     def from_json(cls, content: dict, source="config.json") -> "HarmonConfig":
-        """The configuration in a config.json of ours or of Hugging Face. Raises ValueError that names
-        `source`.
-        """
+        """The content of a config.json, ours or Hugging Face's. Raises ValueError that names `source`."""
         try:
             known = {field.name for field in fields(QwenConfig)}
             llm = QwenConfig(**{key: value for key, value in content["llm"].items() if key in known})

@@ -34,9 +34,7 @@ def choose_device(name=None) -> torch.device:
 
 
 def choose_dtype(path, device) -> torch.dtype:
-    """The dtype of `--dtype auto`: bfloat16, except float32 on CPUs for models below 1 GB or without bfloat16
-    products.
-    """
+    """The dtype of `--dtype auto`: bfloat16; float32 on CPUs for models below 1 GB or without AVX-512."""
     if device.type != "cpu":
         return torch.bfloat16
     path = find_model(path)

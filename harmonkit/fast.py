@@ -123,9 +123,7 @@ ROWS_AT_ONCE = 1024                             # of one product of modulations;
 
 
 def modulated_net(net, x, modulations):
-    """SimpleMLPAdaLN for x (M, C) with shift, scale and gate of each block (M, 3W) and of the final layer (M,
-    2W) given.
-    """
+    """SimpleMLPAdaLN for x (M, C), given the modulations of the blocks (M, 3W) and final layer (M, 2W)."""
     x = net.input_proj(x.to(net.input_proj.weight.dtype))                   # (M, W)
     for block, modulation in zip(net.res_blocks, modulations):
         shift, scale, gate = modulation.chunk(3, dim=1)
@@ -136,16 +134,12 @@ def modulated_net(net, x, modulations):
 
 
 def batch_modulations(head, run=modulated_net):
-    """Replace `DiffusionHead.denoiser` by one that computes the modulations of many diffusion steps at
-    once.
-    """
+    """Replace `DiffusionHead.denoiser` by `batched_denoiser`. run: modulated_net, or it compiled."""
     head.denoiser = partial(batched_denoiser, head.net, run)
 
 
 def batched_denoiser(net, run, z, timesteps):
-    """`DiffusionHead.denoiser` of a head with this net: (x (M, C), step i) -> (M, 2C). Steps go down from the
-    last.
-    """
+    """`DiffusionHead.denoiser` with the modulations of many diffusion steps in one product."""
     cond = net.cond_embed(z)                                                # (M, W)
     time = net.time_embed(timesteps)                                        # (S, W)
     layers = [layer.adaLN_modulation[1] for layer in (*net.res_blocks, net.final_layer)]
@@ -165,9 +159,7 @@ def batched_denoiser(net, run, z, timesteps):
 # ---- attention -----------------------------------------------------------------------------------
 
 def patch_attention(device):
-    """Replace scaled_dot_product_attention in mar.py and llm.py, for this process, by what is faster on the
-    device.
-    """
+    """Replace the attention function of mar.py and llm.py by a faster one, for this process."""
     if device.type == "cpu":
         function = cpu_attention
     elif flash_attn_func() is not None:
@@ -188,9 +180,7 @@ def flash_attn_func():
 
 
 def flash_attention(q, k, v, attn_mask=None, dropout_p=0.0):
-    """FlashAttention for CUDA half precision without a mask; torch's attention otherwise. Shapes as
-    torch's.
-    """
+    """FlashAttention for CUDA half precision without a mask, else torch's function. Shapes are torch's."""
     if attn_mask is not None or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > 256:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)       # (B, L, heads, d)
@@ -198,9 +188,7 @@ def flash_attention(q, k, v, attn_mask=None, dropout_p=0.0):
 
 
 def cpu_attention(q, k, v, attn_mask=None, dropout_p=0.0):
-    """The definition where a half-precision backward pass follows, which takes torch five times as long on
-    the CPU.
-    """
+    """Attention by its definition where a half-precision backward pass follows: five times faster."""
     is_half = q.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
     if not (is_half and torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)

@@ -57,9 +57,7 @@ def crop_square(image, x, y) -> Image.Image:
 
 
 def training_squares(image, task, crops, rng) -> list:
-    """The squares that a task trains on: `crops` random ones, the middle one for crops = 0; for understanding
-    one, padded.
-    """
+    """The squares that a task trains on: `crops` random ones, 0 = the middle one; understanding pads."""
     if task == "image2text":
         return [pad_to_square(image)]
     if crops == 0:

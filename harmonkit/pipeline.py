@@ -1,6 +1,4 @@
-"""From text to images and from images to text: what surrounds the model's tensors. Functions get the model
-handed in.
-"""
+"""From text to images and from images to text, around the model's tensors. The model is an argument."""
 import torch
 import torch.nn.functional as F
 
@@ -10,9 +8,7 @@ from llm import KVCache
 
 
 def token_grid(model, size=None) -> tuple:
-    """size in pixels, an int or (H, W), None = native -> (h, w) tokens. Raises ValueError for no multiple of
-    the stride.
-    """
+    """size in pixels, an int or (H, W), None = native -> (h, w) tokens. Raises ValueError."""
     if size is None:
         size = model.config.mar.img_size
     H, W = (size, size) if isinstance(size, int) else size
@@ -25,9 +21,7 @@ def token_grid(model, size=None) -> tuple:
 # ---- text -> images ------------------------------------------------------------------------------
 
 def generation_prompts(model, prompts, cfg) -> tuple:
-    """input_ids and attention_mask (rows, L) of prompts, followed by as many unconditional rows unless cfg is
-    1.
-    """
+    """input_ids and attention_mask (rows, L) of prompts; with guidance as many unconditional rows follow."""
     texts = [GENERATE.format(caption=prompt.strip()) for prompt in prompts]
     if cfg != 1:
         texts += [UNCONDITIONAL] * len(prompts)
@@ -77,9 +71,7 @@ def inpainting_pixels(model, image, mask, grid) -> tuple:
 
 
 def inpainting_canvas(model, original, redraw, batch_size) -> tuple:
-    """The latents (B, h, w, C) to start from and the mask (B, N): a token is redrawn if any of its pixels
-    is.
-    """
+    """The latents (B, h, w, C) and the mask (B, N). A token is redrawn if any of its pixels is."""
     mask = F.max_pool2d(redraw.float(), model.config.vae.stride).bool().flatten(1)      # (1, N)
     if not mask.any():
         raise ValueError("the mask is black everywhere: nothing to draw; white marks the redrawn part")
@@ -122,8 +114,8 @@ def chat(model, question, image=None, *, history=(), max_new_tokens=1024, size=N
 def generate_batch(llm, inputs_embeds, attention_mask, *, max_new_tokens, eos_token_id) -> list:
     """Greedy decoding of prompts of different lengths: B lists of token ids, without eos.
 
-    inputs_embeds (B, L, H), padded on the right; attention_mask (B, L) bool, True = real. Row by row it gives
-    what `Qwen2.generate` gives for that row alone.
+    inputs_embeds (B, L, H), padded on the right; attention_mask (B, L) bool, True = real. Each row's
+    result equals that of `Qwen2.generate`.
     """
     B = len(inputs_embeds)
     cache = KVCache()

@@ -1,12 +1,9 @@
-"""Execute the notebooks, and hold their key numbers against the committed ones or write their outputs anew.
+"""Execute the notebooks and compare their key numbers with the committed ones, or write their outputs anew.
 
-    python notebooks/run.py                     # check: what CI does; nothing is written
-    python notebooks/run.py --write             # execute, and keep the outputs
-    python notebooks/run.py 1_vae 4_llm         # some of them
+    python notebooks/run.py [--write] [1_vae 4_llm …]
 
-A key number is a line `key: name = value` of a notebook's output (show.key); it may differ by 2%, or by what the line says behind ±, since machines
-round differently and training multiplies that. A check fails where a cell fails (an assertion, most of the time), where a key number is missing, new
-or another, and where the committed outputs were made by other cells than the committed ones.
+A key number is a line `key: name = value` of the output (show.key). It may differ by 2%, or by the ± of its line,
+because machines round differently. The solutions of the exercises run after the last cell, unseen.
 """
 import argparse
 import base64
@@ -25,28 +22,22 @@ from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent
 KEY = re.compile(r"^key: (.+?) = (\S+)(?: ± (\d+)%)?$", re.MULTILINE)
-COLOR_CODES = re.compile(r"\x1b\[[0-9;]*m")
+SOLUTION = re.compile(r"<details>.*?```python\n(.*?)```", re.DOTALL)
 
 
-def printed(notebook):
-    """What the code cells of a notebook printed, as one text."""
-    return "\n".join(output.text for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "stream" and output.name == "stdout")
+def outputs(notebook):
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
 def key_numbers(notebook):
-    """{name: (value, relative tolerance)} of a notebook's outputs. Raises ValueError where a name comes twice."""
-    numbers = {}
-    for name, value, percent in KEY.findall(printed(notebook)):
-        if name in numbers:
-            raise ValueError(f"the key number {name!r} is printed twice")
-        numbers[name] = float(value), float(percent or 2) / 100
-    return numbers
+    """{name: (value, relative tolerance)} of a notebook's outputs."""
+    printed = "\n".join(output.text for output in outputs(notebook) if output.get("name") == "stdout")
+    return {name: (float(value), float(percent or 2) / 100) for name, value, percent in KEY.findall(printed)}
 
 
 def differences(committed, fresh):
     """What is wrong with fresh key numbers, as sentences."""
-    wrong = [f"key number {name!r} is missing; committed is {committed[name][0]:g}" for name in committed if name not in fresh]
-    wrong += [f"key number {name!r} is new; write the outputs anew" for name in fresh if name not in committed]
+    wrong = [f"key number {name!r} is new or missing" for name in committed.keys() ^ fresh.keys()]
     for name in committed.keys() & fresh.keys():
         (was, _), (now, tolerance) = committed[name], fresh[name]
         if not abs(now - was) <= tolerance * max(abs(was), abs(now)):
@@ -55,86 +46,67 @@ def differences(committed, fresh):
 
 
 def fingerprint(notebook):
-    """Of the code cells: outputs carry that of the cells that made them."""
-    return hashlib.sha256("\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code").encode()).hexdigest()[:16]
+    """A hash of the code cells, which is kept beside their outputs."""
+    code = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
-def failure(notebook, error):
-    """A failed execution in a few lines: which cell, what it raised, where."""
-    cell = next((i for i, cell in enumerate(notebook.cells) for output in cell.get("outputs", []) if output.output_type == "error"), None)
-    if cell is None:
-        return f"{type(error).__name__}: {error}"
-    output = next(o for o in notebook.cells[cell].outputs if o.output_type == "error")
-    trace = COLOR_CODES.sub("", "\n".join(output.traceback)).splitlines()
-    return "\n".join([f"cell {cell} failed, {output.ename}: {output.evalue}", *(f"    {line}" for line in trace[-12:])])
-
-
-def execute(notebook, timeout=600):
-    """Run all cells in a fresh kernel of this very Python, the notebook holding the outputs; returns a list of what went wrong."""
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", record_timing=False, coalesce_streams=True, extra_arguments=["--log-level=ERROR"],
-                            resources={"metadata": {"path": str(FOLDER)}})
-    try:
-        client.execute()
-    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        return [failure(notebook, error)]
-    return []
+def execute(notebook):
+    """Run the cells, then the solutions, in a fresh kernel of this Python. Raises what nbclient raises."""
+    cells = list(notebook.cells)
+    texts = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    notebook.cells += [nbformat.v4.new_code_cell(solution) for solution in SOLUTION.findall(texts)]
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True,
+                            extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(FOLDER)}})
+    client.execute()
+    notebook.cells = cells
 
 
 def compact(notebook):
-    """Reduce the pictures in the outputs to 256 colors each, a quarter of the bytes."""
-    for output in [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]:
-        small, image = io.BytesIO(), Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
-        image.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=4, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
-        output.data["image/png"] = base64.b64encode(small.getvalue()).decode()
+    """Reduce the pictures in the outputs to 256 colors, a quarter of the bytes."""
+    for output in outputs(notebook):
+        if "image/png" in output.get("data", {}):
+            image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
+            image = image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=4, dither=Image.Dither.NONE)
+            image.save(file := io.BytesIO(), "PNG", optimize=True)
+            output.data["image/png"] = base64.b64encode(file.getvalue()).decode()
 
 
 def run(path, write):
-    """Execute one notebook; returns (a list of what went wrong, the number of key numbers)."""
+    """Execute one notebook; returns what went wrong, as sentences."""
     notebook = nbformat.read(path, as_version=4)
     committed, made_by = key_numbers(notebook), notebook.metadata.get("outputs_of")
-    wrong, fresh = execute(notebook), {}
-    if not wrong:
-        try:
-            fresh = key_numbers(notebook)
-        except ValueError as error:
-            wrong.append(str(error))
-    if write and not wrong:
-        compact(notebook)
-        notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"},
-                             "outputs_of": fingerprint(notebook)}
-        nbformat.write(notebook, path)
-    elif not wrong:
-        if made_by != fingerprint(notebook):
-            wrong.append("the committed outputs are not those of the committed cells; write them anew")
-        wrong += differences(committed, fresh)
-    return wrong, len(fresh)
+    try:
+        execute(notebook)
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        return [re.sub(r"\x1b\[[0-9;]*m", "", str(error))]                      # without color codes
+    if not write:
+        wrong = differences(committed, key_numbers(notebook))
+        return wrong if made_by == fingerprint(notebook) else ["the committed outputs are of other cells", *wrong]
+    compact(notebook)
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = dict(kernelspec=kernel, language_info={"name": "python"}, outputs_of=fingerprint(notebook))
+    nbformat.write(notebook, path)
+    return []
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="notebooks, with or without .ipynb; default: all")
-    parser.add_argument("--write", action="store_true", help="keep the outputs instead of comparing the key numbers")
+    parser.add_argument("--write", action="store_true", help="keep the outputs")
     args = parser.parse_args()
-    paths = [FOLDER / f"{Path(name).stem}.ipynb" for name in args.names] or sorted(FOLDER.glob("[0-9]*.ipynb"))
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing or not paths:
-        print(f"run.py: no such notebook in {FOLDER.name}/: {', '.join(missing) or 'none at all'}", file=sys.stderr)
-        return 2
-    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"      # pictures go into the notebook, whatever the caller's backend
-    failed, start = 0, time.time()
-    for path in paths:
-        began = time.time()
-        wrong, count = run(path, args.write)
-        verdict = "FAILED" if wrong else f"ok, {count} key numbers {'written' if args.write else 'as committed'}"
-        print(f"{path.stem:18} {time.time() - began:5.0f} s   {verdict}", flush=True)
-        for text in wrong:
-            print("  " + text.replace("\n", "\n  "), flush=True)
-        failed += bool(wrong)
-    print(f"{len(paths) - failed} of {len(paths)} notebooks passed in {time.time() - start:.0f} s")
-    return 1 if failed else 0
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"      # pictures go into the notebook
+    failed = False
+    for name in args.names or sorted(path.name for path in FOLDER.glob("*.ipynb")):
+        path = FOLDER / f"{Path(name).stem}.ipynb"
+        if not path.is_file():
+            parser.error(f"{path} does not exist")
+        start = time.time()
+        wrong = run(path, args.write)
+        print(f"{path.stem:18}{time.time() - start:4.0f} s   {'FAILED' if wrong else 'ok'}", flush=True)
+        print(*wrong, sep="\n", end="\n" * bool(wrong))
+        failed = failed or bool(wrong)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,61 @@
-"""What the notebooks share: rows of pictures and maps, key numbers, one look that reads well on the web and without telling red from green.
+"""Shared by the notebooks: the data path, source code, key numbers, targets, pictures and charts.
 
-A picture is a tensor (3, H, W) in [-1, 1], or a PIL image; a map is a tensor (H, W) of numbers, drawn in colors.
+A picture is a tensor (3, H, W) in [-1, 1] or a PIL image. A map is a tensor (H, W), shown in colors.
 """
-import textwrap
+import inspect
+import re
+from pathlib import Path
+from textwrap import dedent, fill
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
+from IPython.display import SVG, display
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#444444")   # Okabe and Ito: distinct for all color vision
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DIVERGING, SEQUENTIAL = "PuOr", "viridis"
-WIDTH = 9                          # of a figure, inches; 90 pixels each
-CHARACTER = 0.075                  # width of a letter of a title, inches
-
+ROOT = Path(__file__).resolve().parent.parent
+BOX = re.compile(r'(<rect class="box[^>]*?)/>((?:\s*<text class="name"[^>]*>[^<]*</text>)+)')
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#444444")    # Okabe and Ito
+STYLES, MARKERS = ("-", "--", "-.", ":"), "os^DvPX"
+WIDTH = 9                                                                   # of a figure, inches
 plt.rcParams.update({
-    "figure.dpi": 90, "savefig.dpi": 90, "figure.facecolor": "white", "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "legend.fontsize": 9,
-    "xtick.labelsize": 9, "ytick.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
-    "axes.axisbelow": True, "legend.frameon": False, "axes.prop_cycle": plt.cycler(color=COLORS), "figure.constrained_layout.use": True,
-    "figure.constrained_layout.wspace": 0.05})
+    "figure.dpi": 90, "savefig.dpi": 90, "font.size": 9, "axes.titlesize": 9, "figure.constrained_layout.use": True,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
+    "axes.axisbelow": True, "legend.frameon": False})
+
+
+def path(*boxes):
+    """Show docs/harmon.svg with the named boxes marked. Raises ValueError for a name that is not in it."""
+    names = []
+
+    def mark(box):
+        names.append(" ".join(re.findall(r">([^<]+)</text>", box[2])))
+        style = f'style="stroke: {COLORS[4]}; stroke-width: 6"' if names[-1] in boxes else ""
+        return f"{box[1]} {style}/>{box[2]}"
+    svg = BOX.sub(mark, (ROOT / "docs" / "harmon.svg").read_text())
+    if not set(boxes) <= set(names):
+        raise ValueError(f"boxes are {boxes}; the figure has {names}")
+    display(SVG(svg.replace("<svg ", '<svg width="900" ', 1)))
+
+
+def source(f):
+    """Print the file, the line and the code of a function, method or class."""
+    f = inspect.unwrap(f)
+    lines, first = inspect.getsourcelines(f)
+    print(f"{Path(inspect.getsourcefile(f)).relative_to(ROOT)}:{first}")
+    print(dedent("".join(lines)), end="")
 
 
 def key(name, value, tolerance=0.02):
-    """Print a number that `run.py` compares with the committed one; tolerance: relative."""
+    """Print a number that run.py compares with the committed one. tolerance: relative."""
     print(f"key: {name} = {float(value):.5g}" + ("" if tolerance == 0.02 else f" ± {tolerance:.0%}"))
+
+
+def target(name, value, low, high=float("inf")):
+    """Print an exercise's number beside the range that it should reach; returns whether it does."""
+    reached = low <= value <= high
+    print(f"{name}: {float(value):.4g}   target: {low:g} to {high:g}   {'reached' if reached else 'not yet'}")
+    return bool(reached)
 
 
 def psnr(a, b):
@@ -33,62 +63,82 @@ def psnr(a, b):
     return 10 * torch.log10(4 / (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean(dim=(-3, -2, -1)))
 
 
-def panels(*widths, height=2.8):
-    """Axes side by side, of relative widths."""
-    return plt.subplots(1, len(widths), figsize=(WIDTH, height), width_ratios=widths, squeeze=False)[1][0]
-
-
-def rgb(picture):
-    """Anything that is a picture -> an array (H, W, 3) in [0, 1]."""
-    if torch.is_tensor(picture):
-        return ((picture.detach().float() + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()
-    return np.asarray(picture.convert("RGB")) / 255
-
-
-def covered(picture, hidden, grid):
-    """The picture (3, H, W) with its hidden patches hatched in grey. hidden (h·w,) bool, True = hidden; grid (h, w)."""
+def covered(picture, mask, grid):
+    """A picture (3, H, W) with its hidden patches hatched in grey. mask (h·w,), True = hidden; grid (h, w)."""
     H, W = picture.shape[-2:]
-    hidden = hidden.view(grid).repeat_interleave(H // grid[0], 0).repeat_interleave(W // grid[1], 1)
-    stripes = 0.05 + 0.12 * ((torch.arange(H)[:, None] + torch.arange(W)) % 4 == 0).float()
+    hidden = mask.view(grid).repeat_interleave(H // grid[0], 0).repeat_interleave(W // grid[1], 1)
+    stripes = 0.05 + 0.12 * ((torch.arange(H)[:, None] + torch.arange(W)) % 4 == 0)
     return torch.where(hidden, stripes, picture)
 
 
-def grid(rows, *, titles=None, labels=None, size=1.5, cmap=SEQUENTIAL, limits=None, bar=None):
-    """Rows of pictures and maps -> the axes, (rows, columns), to draw more on.
+def frame(ax, row, column, side=1, color=COLORS[4]):
+    """Frame a patch of `side` pixels, or a cell of a map."""
+    corner = column * side - 0.5, row * side - 0.5
+    ax.add_patch(plt.Rectangle(corner, side, side, fill=False, color=color, lw=1.5))
 
-    titles: one a column, or a list for each row. labels: one a row. cmap and limits (low, high) are for maps; bar: the label of their color bar, which
-    makes all maps share one scale, as `limits` does; else each has its own.
+
+def grid(rows, *, titles=(), labels=(), size=1.5, cmap="viridis", limits=None, bar=None):
+    """Rows of pictures, maps and None -> the axes (rows, columns).
+
+    titles: one a column, or a list for each row. labels: one a row. limits: the ends of the color map.
+    bar: the label of a color bar; all maps then share one scale, else each has its own.
     """
-    rows = [list(row) for row in rows]
     columns = max(map(len, rows))
-    size = min(size, (WIDTH - 0.8 * bool(bar) - 1.0 * bool(labels)) / columns)
-    titles = [] if titles is None else titles if isinstance(titles[0], (list, tuple)) else [titles]
-    titles = [["\n".join(textwrap.fill(line, max(4, int(size / CHARACTER))) for line in str(t).split("\n")) for t in row] for row in titles]
-    lines = sum(max(t.count("\n") + 1 for t in row) for row in titles)
-    maps = [x for row in rows for x in row if torch.is_tensor(x) and x.ndim == 2]
+    margin = 0.8 * bool(bar) + bool(labels)
+    size = min(size, (WIDTH - margin) / columns)
+    titles = [titles] if titles and isinstance(titles[0], str) else titles
+    titles = [[fill(title, int(13 * size)) for title in row] for row in titles]
+    title_lines = sum(1 + max(title.count("\n") for title in row) for row in titles)
+    figsize = columns * size + margin, len(rows) * (size + 0.06) + 0.19 * title_lines
+    fig, axes = plt.subplots(len(rows), columns, squeeze=False, figsize=figsize)
+    plt.setp(list(axes.flat), xticks=[], yticks=[], frame_on=False)
     if bar and limits is None:
-        limits = min(x.min().item() for x in maps), max(x.max().item() for x in maps)
-    low, high = limits or (None, None)
-    fig, axes = plt.subplots(len(rows), columns, squeeze=False, figsize=(columns * size + 0.8 * bool(bar) + 1.0 * bool(labels), len(rows) * (size + 0.06) + 0.19 * lines))
+        maps = torch.cat([x.flatten() for row in rows for x in row if torch.is_tensor(x) and x.ndim == 2])
+        limits = maps.min().item(), maps.max().item()
+    scale = Normalize(*limits) if limits else None
     for r, row in enumerate(rows):
-        for c in range(columns):
-            ax, x = axes[r, c], row[c] if c < len(row) else None
-            ax.set(xticks=[], yticks=[])
-            ax.grid(False)
-            ax.spines[:].set_visible(False)
-            if torch.is_tensor(x) and x.ndim == 2:
-                ax.imshow(x.detach(), cmap=cmap, vmin=low, vmax=high)
-            elif x is not None:
-                ax.imshow(rgb(x), interpolation="nearest")
-            if r < len(titles) and c < len(titles[r]):
-                ax.set_title(titles[r][c], fontsize=9, pad=3)
-        if labels:
-            axes[r, 0].set_ylabel("\n".join(textwrap.fill(line, 13) for line in labels[r].split("\n")), rotation=0, ha="right", va="center", fontsize=9)
+        for ax, x in zip(axes[r], row):
+            if torch.is_tensor(x) and x.ndim == 3:
+                x = ((x + 1) / 2).clamp(0, 1).permute(1, 2, 0)
+            if x is not None:
+                ax.imshow(x, cmap=cmap, norm=scale)
+    for r, row in enumerate(titles):
+        for ax, title in zip(axes[r], row):
+            ax.set_title(title, pad=3)
+    for ax, label in zip(axes[:, 0], labels):
+        ax.set_ylabel(fill(label, 13), rotation=0, ha="right", va="center")
     if bar:
-        fig.colorbar(ScalarMappable(Normalize(low, high), cmap), ax=axes, label=bar, shrink=0.9, pad=0.01)
+        fig.colorbar(ScalarMappable(scale, cmap), ax=axes, label=bar, shrink=0.9, pad=0.01)
     return axes
 
 
-def images(rows, **look):
-    """`grid`, for a cell's last line."""
-    grid(rows, **look)
+def charts(*charts, height=2.6):
+    """Charts side by side -> their axes.
+
+    A chart is a dict. Its marks are {label: (x, y)} for lines, dots, bands with y = (low, high), and bars with names
+    as x; and {label: y} for levels. The rest is for `Axes.set`.
+    """
+    axes = plt.subplots(1, len(charts), squeeze=False, figsize=(WIDTH, height))[1][0]
+    for ax, chart in zip(axes, charts):
+        chart = dict(chart)
+        bars, lines, dots, bands, levels = (chart.pop(kind, {}) for kind in MARKS)
+        for i, (label, (names, y)) in enumerate(bars.items()):
+            places = torch.arange(len(y)) + 0.8 * ((i + 0.5) / len(bars) - 0.5)
+            ax.bar(places, y, 0.72 / len(bars), color=COLORS[i], label=label)
+            ax.set_xticks(range(len(y)), names)
+        for i, (label, (x, y)) in enumerate(lines.items()):
+            marker = MARKERS[i] if len(y) < 20 else None
+            ax.plot(x, y, STYLES[i % 4], color=COLORS[i], marker=marker, ms=4, label=label)
+        for i, (label, (x, y)) in enumerate(dots.items()):
+            ax.plot(x, y, MARKERS[i], color=COLORS[4 - i], ms=5, alpha=0.8, label=label)
+        for i, (label, (x, y)) in enumerate(bands.items()):
+            ax.fill_between(x, *y, color=COLORS[i], alpha=0.25, label=label)
+        for label, y in levels.items():
+            ax.axhline(y, color="black", lw=1, ls="--", label=label)
+        ax.set(**chart)
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend()
+    return axes
+
+
+MARKS = ("bars", "lines", "dots", "bands", "levels")

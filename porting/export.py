@@ -1,250 +1,216 @@
-"""Write what a port is tested against: named intermediate tensors of one understanding pass, one generation and one training step.
+"""Write vectors: the tensors of an answer, a picture, both losses and their gradients, as they are computed.
 
-    python porting/export.py --model harmon-tiny --out vectors/            # any model that Harmon.from_pretrained takes
-    python porting/export.py --random harmon-0.5b --out vectors/           # name-seeded random weights: no checkpoint needed
+    python porting/export.py --model harmon-tiny --out vectors/     # any model of Harmon.from_pretrained
+    python porting/export.py --random harmon-0.5b --out vectors/    # weights made from names, no checkpoint
     python porting/export.py --random harmon-tiny --out vectors/ --save-weights weights/
 
-The folder gets vectors.safetensors and index.json, which lists the tensors in the order in which they were computed, each with its shape, its type, the
-operation in words and the line of source that computed it; recorder.py is how.
+The NumPy port computes the tensors in float32; the gradients are torch's. PORTING.md describes the two files.
 """
 import argparse
-import itertools
 import json
-import random
 import re
 import sys
 import zlib
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
+import numpy_harmon as port
 import torch
-from PIL import Image
 from compare import relative_error
-from recorder import Recorder, line_of, replaced, rounded_otherwise, watching  # puts the project's root on the path
+from parameters import Part, random_weight
+from safetensors.numpy import save_file
 
-import diffusion_head
-import harmon
-import llm
-import shapes
-import weights
-from data import conversation
-from harmon import Harmon, HarmonConfig
-from images import image_to_pixels, pad_to_square
-from pretrained import END
-from random_weights import random_weight
+try:
+    from harmon import Harmon, open_image
+    from harmonkit.chat_template import GENERATE, UNCONDITIONAL, load_tokenizer, pad, prompt_ids, training_ids
+    from harmonkit.checkpoints import BUNDLED, find_config, load_strict
+    from harmonkit.images import image_to_pixels, pad_to_square
+    from harmonkit.shapes_world import world
+except ImportError as error:
+    print(f"export.py: {error}; run `pip install -e .` in the project's root first", file=sys.stderr)
+    sys.exit(2)
 
-PASSES = ("understand", "generate", "train", "resize")
-
-
-# ---- the passes ------------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def understand(model, record, image, question, max_new_tokens):
-    """An image and a question: encoder, prompt, greedy answer. Recorded in full up to the first token that uses the cache."""
-    h, w = model.token_grid()
-    s = model.config.vae.stride
-    pixels = image_to_pixels(pad_to_square(image), (h * s, w * s)).to(model.device, model.dtype)
-    ids = torch.tensor([model.prompt_ids(question, image_tokens=h * w + model.config.mar.buffer_size)], device=model.device)
-    record.inputs(pixels=pixels, input_ids=ids)
-    with watching(model, record, itertools.chain(["token0", "token1"], itertools.repeat(""))):
-        _, z_enc = model.visual_features(model.encode(pixels))
-        answer = list(model.llm.generate(model.embed(ids, z_enc), max_new_tokens=max_new_tokens, eos_token_id=model.tokenizer.token_to_id(END)))
-    record("answer", torch.tensor(answer, dtype=torch.int64), f"greedy answer: argmax of the logits, at most {max_new_tokens} ids, without {END}",
-           line_of(llm.Qwen2.generate))
-    return answer
+PASSES = ("understand", "generate", "train", "gradients", "resize")
+SETTINGS = dict(prompt="three blue stars", question="Describe the image.", answer="a red circle", num_iter=4,
+                cfg=3.0, temperature=0.9, max_new_tokens=16, seed=0)
+SKIPPED = re.compile("|".join((                                         # of repeated parts, all but the first
+    r"(layers|_blocks)\.[1-9]\d*\.(?!in$|out$|self_attn\.[kv]$)",
+    r"(step|train|token(?!0/)).*layers\.[1-9]\d*\.self_attn\.",         # except for the cache of the prompt
+    r"vae\.(?!encoder\.down\.0\.block\.0\.).*((block|attn)\.|mid\.block_)\d\.(?!in$|out$)",
+    r"step(?!1/).*diffloss\.(?!drawn)",
+    r"/t(?!999/)\d+/mar\.diffloss\.net\.",
+    r"token(?![01]/)\d")))
 
 
-@torch.no_grad()
-def generate(model, record, prompt, rng, steps, cfg, temperature):
-    """One image with guidance on the native grid, orders and noise given."""
-    h, w = model.token_grid()
-    ids, real = model.pad([model.prompt_ids(harmon.GENERATE.format(caption=prompt)), model.prompt_ids(harmon.UNCONDITIONAL)])
-    ids, real = ids.to(model.device), real.to(model.device)
-    orders = torch.from_numpy(rng.permutation(h * w)[None]).to(model.device)
-    masked = harmon.masking_schedule(h * w, steps)
-    size = model.config.mar.diffusion_steps, model.config.mar.token_dim
-    noise = {k: torch.from_numpy(rng.standard_normal((size[0], m - m_next, size[1]), np.float32)).to(model.device)
-             for k, (m, m_next) in enumerate(zip(masked, masked[1:]), 1) if m > m_next}
-    record.inputs(input_ids=ids, attention_mask=real, orders=orders, **{f"step{k}__noise": x for k, x in noise.items()})
-    record("masked", torch.tensor(masked), "how many tokens stay masked after each step", line_of(harmon.masking_schedule))
-    step = iter(noise)
-    draws = itertools.chain.from_iterable(noise.values())
-    base = record.place
+class Recorder:
+    """A trace that keeps the tensors; inputs and outputs of layers once, under their first name.
 
-    def begin(method):                                                          # a step begins with the encoder and ends with on_step
-        def wrapper(latents, mask, visible):
-            record.place = f"{base}step{next(step)}/"
-            record("hidden", mask, "which tokens are masked: the first m of orders")
-            return method(latents, mask, visible)
-        return wrapper
+    disturbed: the output of every layer is changed in its last bit, up or down at random.
+    """
 
-    def end(k, tokens, hidden):
-        record("tokens", tokens, "the canvas after this step: latents, 0 where masked")
-        record.place = base
+    def __init__(self, disturbed=False):
+        self.tensors = {}
+        self.entries = []
+        self.known = {}                                                 # by id
+        self.rng = np.random.default_rng(0) if disturbed else None
 
-    with watching(model, record, ["prompt"]), replaced(model, "visual_features", begin):
-        return model.sample(ids, real, num_iter=steps, cfg=cfg, temperature=temperature, orders=orders, noise_fn=lambda shape: next(draws), on_step=end)
+    def __call__(self, name, x, function):
+        if self.rng is not None and name.endswith(".out"):
+            eps = np.finfo(np.float32).eps
+            x = x * self.rng.choice(np.float32([1 - eps, 1 + eps]), x.shape)
+        again = id(x) in self.known and (name.endswith((".in", ".out")) or name in self.tensors)
+        if again or SKIPPED.search(name):
+            return x
+        if name in self.tensors:
+            raise RuntimeError(f"{name} is computed twice; give the second a place of its own")
+        self.known[id(x)] = x
+        self.tensors[name] = np.asarray(x, order="C")
+        self.entries.append(dict(
+            name=name, shape=x.shape, dtype=str(x.dtype), kind="computed" if function else "input",
+            source=f"numpy_harmon.{function}" if function else "given"))
+        return x
 
 
-def train(model, record, image, question, answer, caption, rng):
-    """Both losses of two images, the second mirrored and, to draw, without its caption; the norm of every gradient. Dropout is off (eval mode)."""
-    h, w = model.token_grid()
-    s, N, mul, C = model.config.vae.stride, h * w, model.config.mar.diffusion_batch_mul, model.config.mar.token_dim
-    pixels = image_to_pixels(image, (h * s, w * s))
+# ---- the passes --------------------------------------------------------------------------------------------
+
+def training_batches(model, image, settings):
+    """The arguments of both losses for two images: the second is mirrored and, to draw, has no caption."""
+    rng = np.random.default_rng(settings["seed"])
+    config = model.config.mar
+    tokenizer = model.tokenizer
+    N = config.grid ** 2
+    pixels = image_to_pixels(pad_to_square(image), (config.img_size, config.img_size))
     with torch.no_grad():
         latents = model.encode(torch.cat([pixels, pixels.flip(3)])).contiguous()
-    ids, real = model.pad([model.prompt_ids(harmon.GENERATE.format(caption=caption)), model.prompt_ids(harmon.UNCONDITIONAL)])
-    hidden = -(-3 * N // 4)
-    mask = torch.from_numpy(np.stack([rng.permutation(N) for _ in range(2)]) < hidden)
-    t = torch.from_numpy(rng.integers(0, diffusion_head.T, mul * 2 * N))
-    t[:2 * N][mask.flatten()] *= torch.arange(2 * hidden) % 8 > 0               # an eighth of the counted rows of the first round is at t = 0
-    noise = torch.from_numpy(rng.standard_normal((mul * 2 * N, C), np.float32))
-    batch = {k: x.to(model.device) for k, x in dict(input_ids=ids, attention_mask=real, latents=latents, mask=mask, t=t, noise=noise).items()}
-    with record.at("text2image"):
-        record.inputs(**batch)
-        with watching(model, record), gradients(model, record):
-            loss = model.text2image_loss(None, batch.pop("input_ids"), batch.pop("attention_mask"), **batch)
-            record("loss", loss, "mean over masked tokens of the ε error and the variational bound in bits")
-            loss.backward()
+    texts = GENERATE.format(caption=settings["prompt"]), UNCONDITIONAL
+    input_ids, attention_mask = pad(tokenizer, [prompt_ids(tokenizer, text) for text in texts])
+    mask = rng.permuted([np.arange(N)] * 2, axis=1) < -(-3 * N // 4)    # three quarters are hidden
+    t = rng.integers(0, 1000, (config.diffusion_batch_mul, 2, N))
+    t[0, :, ::8] = 0                                                    # where the bound is a likelihood
+    noise = rng.standard_normal((t.size, config.token_dim), np.float32)
+    draw = dict(input_ids=input_ids, attention_mask=attention_mask, latents=latents,
+                mask=torch.from_numpy(mask), t=torch.from_numpy(t.flatten()), noise=torch.from_numpy(noise))
 
-    rows = [conversation(model, [turn], N + model.config.mar.buffer_size) for turn in ((question, answer), (question, f"{answer} {answer}"))]
-    ids, real = model.pad([row for row, _ in rows])
-    labels = torch.tensor([said + [harmon.IGNORE_INDEX] * (ids.shape[1] - len(said)) for _, said in rows])
-    batch = {k: x.to(model.device) for k, x in dict(input_ids=ids, attention_mask=real, latents=latents.clone(), labels=labels).items()}
-    with record.at("image2text"):
-        record.inputs(**batch)
-        with watching(model, record), gradients(model, record):
-            loss = model.image2text_loss(None, batch["input_ids"], batch["attention_mask"], batch["labels"], latents=batch["latents"])
-            record("loss", loss, "mean cross-entropy of the labelled tokens")
-            loss.backward()
+    answers = settings["answer"], f"{settings['answer']}, it is {settings['answer']}"
+    turns = [[(settings["question"], answer)] for answer in answers]
+    rows = [training_ids(tokenizer, turn, num_image_tokens=N + config.buffer_size) for turn in turns]
+    input_ids, attention_mask = pad(tokenizer, [ids for ids, _ in rows])
+    labels = torch.full_like(input_ids, port.IGNORE_INDEX)
+    for i, (_, row) in enumerate(rows):
+        labels[i, :len(row)] = torch.tensor(row)
+    tell = dict(input_ids=input_ids, attention_mask=attention_mask, latents=latents, labels=labels)
+    return {"text2image": draw, "image2text": tell}
 
 
-@torch.no_grad()
-def resize(model, record, grid):
-    """The three position embeddings for a grid that is not the native one."""
-    with watching(model, record):
-        for table in (model.mar.encoder_pos_embed_learned, model.mar.decoder_pos_embed_learned, model.mar.diffusion_pos_embed_learned):
-            model.mar.position_embedding(table, grid)
+def run(p, tokenizer, batches, image, settings, passes=PASSES):
+    """All passes in NumPy. The trace of p gets the tensors."""
+    if "understand" in passes:
+        port.chat(p.at("understand"), tokenizer, image, settings["question"], settings["max_new_tokens"])
+    if "generate" in passes:
+        options = {name: settings[name] for name in ("seed", "num_iter", "cfg", "temperature")}
+        port.generate_image(p.at("generate"), tokenizer, settings["prompt"], **options)
+    if "train" in passes:
+        for task, loss in (("text2image", port.text2image_loss), ("image2text", port.image2text_loss)):
+            place = p.at(f"train/{task}")
+            loss(place, **{name: place.show(name, x.numpy()) for name, x in batches[task].items()})
+    if "resize" in passes:
+        g = p.config["mar"]["img_size"] // p.config["mar"]["vae_stride"]
+        for stage in ("encoder", "decoder", "diffusion"):
+            port.position_embedding(p.at("resize").mar, f"{stage}_pos_embed_learned", (g + 1, g + 3))
 
 
-@contextmanager
-def gradients(model, record):
-    """The norm of each parameter's gradient, in the order in which backward finishes them, and of all together."""
-    modules, square, handles = dict(model.named_modules()), 0.0, []
-    for name, p in model.named_parameters():                                    # tied weights: under their first name
-
-        def see(p, name=name):
-            nonlocal square
-            norm = p.grad.float().norm()
-            square += float(norm) ** 2
-            owner = name
-            while type(modules[owner := owner.rpartition(".")[0]]).__module__.startswith("torch."):
-                pass                                                            # up to the project's module that holds the layer
-            record(f"gradient/{name}", norm, "Euclidean norm of the gradient", line_of(type(modules[owner])), kind="gradient")
-        handles.append(p.register_post_accumulate_grad_hook(see))
-    yield
-    record("gradient", torch.tensor(square ** 0.5), "Euclidean norm of all gradients together", line_of(Harmon.text2image_loss), kind="gradient")
-    for handle in handles:
-        handle.remove()
-    model.zero_grad(set_to_none=True)
+def gradients(model, batches):
+    """{name: the norm of a parameter's gradient} of both losses, the last parameters first."""
+    norms = {}
+    for task, loss in (("text2image", model.text2image_loss), ("image2text", model.image2text_loss)):
+        loss(None, **batches[task]).backward()
+        for name, parameter in reversed(list(model.named_parameters())):
+            if parameter.grad is not None:
+                norms[f"train/{task}/gradient/{name}"] = parameter.grad.norm().numpy()
+        model.zero_grad()
+    return norms
 
 
-# ---- the model and the folder ----------------------------------------------------------------------------------------
+# ---- the model and the folder ------------------------------------------------------------------------------
 
-class WordIds:
-    """In place of a tokenizer, for models that have none: a word's id is a hash of it."""
-
-    def __init__(self, vocab_size):
-        self.vocab_size = vocab_size
-
-    def token_to_id(self, word):
-        return zlib.crc32(word.encode()) % self.vocab_size
-
-    def encode(self, text, add_special_tokens=False):
-        return SimpleNamespace(ids=[self.token_to_id(word) for word in re.findall(r"<\|\w+\|>|\w+|[^\w ]", text)])
-
-
-def random_model(config, dtype=torch.float32):
-    """Harmon of any size with name-seeded weights."""
+def random_model(name):
+    """Harmon of an official size, or of a folder with a config.json, with weights made from their names."""
     with torch.device("meta"):
-        model = Harmon(config)
-    tensors = {name: torch.from_numpy(random_weight(name, tuple(p.shape))) for name, p in model.named_parameters()}
-    weights.assign(model, tensors, "random weights", device="cpu", dtype=dtype)
+        model = Harmon(find_config(name))
+    sizes = {name: tuple(x.shape) for name, x in model.named_parameters()}
+    weights = {name: torch.from_numpy(random_weight(name, size)) for name, size in sizes.items()}
+    load_strict(model, weights, name)
     model.llm.tie_weights()
+    model.tokenizer = load_tokenizer(BUNDLED / "harmon-tiny")
     return model.eval()
 
 
-def export(model, out, *, origin, passes=PASSES, image=None, question=None, prompt=None, steps=4, cfg=3.0, temperature=0.9, max_new_tokens=16, seed=0):
-    """Write the folder `out`. origin: "random" or where the weights are from. Returns the number of tensors."""
+def part_of(model):
+    """The port's parameters, which are those of a torch model."""
+    return Part({name: x.detach().numpy() for name, x in model.named_parameters()}, model.config.to_json())
+
+
+def export(model, out, *, origin, image=None, passes=PASSES, settings=SETTINGS):
+    """Write the folder `out`. origin: "random", or whose weights these are. Returns the number of tensors."""
     if not set(passes) <= set(PASSES):
         raise ValueError(f"passes are {', '.join(PASSES)}; given: {', '.join(passes)}")
-    if model.tokenizer is None:
-        model.tokenizer = WordIds(model.config.llm.vocab_size)
-    scene, g = shapes.scene(seed, 0, kind="pair"), model.config.mar.grid
-    asked, answer = next((q, a) for kind, q, a in shapes.questions(scene, random.Random(seed)) if kind == "color")
-    image, prompt, question = image or shapes.render(scene), prompt or shapes.describe(scene), question or asked
-    settings = dict(prompt=prompt, question=question, steps=steps, cfg=cfg, temperature=temperature, max_new_tokens=max_new_tokens,
-                    end=model.tokenizer.token_to_id(END), resized_grid=[g + 1, g + 3], seed=seed)
-    runs = dict(understand=lambda record, rng: understand(model, record, image, question, max_new_tokens),
-                generate=lambda record, rng: generate(model, record, prompt, rng, steps, cfg, temperature),
-                train=lambda record, rng: train(model, record, image, question, answer, prompt, rng),
-                resize=lambda record, rng: resize(model, record, (g + 1, g + 3)))
-    record = Recorder()
-    for number, name in enumerate(PASSES):
-        if name in passes:
-            again = Recorder()
-            with record.at(name):
-                runs[name](record, np.random.default_rng([seed, number]))
-            with again.at(name), rounded_otherwise(model):
-                runs[name](again, np.random.default_rng([seed, number]))
-            for entry in record.entries:
-                a, b = (tensors.get(entry["name"]) for tensors in (record.tensors, again.tensors))
-                if b is not None and a.is_floating_point() and a.shape == b.shape:
-                    entry["rounding"] = float(f"{relative_error(a.double().numpy(), (a.double() - b.double()).abs().numpy()):.1e}")
-    index = dict(weights=str(origin), dtype=str(model.dtype).removeprefix("torch."), settings=settings, config=model.config.to_json(),
-                 parameters={name: list(p.shape) for name, p in model.named_parameters()}, tensors=record.entries)
-    weights.write(Path(out) / "vectors.safetensors", record.tensors)
-    with weights.replacing(Path(out) / "index.json") as temporary:
-        head = {k: v for k, v in index.items() if k != "tensors"}
-        lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in record.entries)
-        Path(temporary).write_text(f"{json.dumps(head, ensure_ascii=False, indent=1)[:-2]},\n \"tensors\": [\n{lines}\n]}}\n")
-    return len(record.entries)
+    image = image or world.render(world.scene(0, 0))
+    p = part_of(model)
+    batches = training_batches(model, image, settings)
+    recorder, again = Recorder(), Recorder(disturbed=True)
+    for trace in (recorder, again):
+        run(replace(p, trace=trace), model.tokenizer, batches, image, settings, passes)
+    tensors, entries = recorder.tensors, recorder.entries
+    for about in entries:
+        name = about["name"]
+        a, b = tensors[name], again.tensors.get(name)
+        if a.dtype == np.float32 and b is not None and a.shape == b.shape:
+            about["rounding"] = float(f"{relative_error(a, b)[0]:.1e}")
+        # At padding positions the LLM's tensors mean nothing: the mask, and the axis that it belongs to.
+        mask = f"{name.rpartition('/')[0]}/llm.attention_mask"
+        if "/llm." in name and name != mask and not tensors[mask].all():
+            about["attention_mask"] = mask, 2 if re.search(r"\.([qkv]|weights|cos|sin)$", name) else 1
+    for name, norm in gradients(model, batches).items() if "gradients" in passes else ():
+        tensors[name] = norm
+        entries.append(dict(name=name, shape=(), dtype="float32", kind="gradient", source="torch.autograd"))
+
+    sums = {name: zlib.crc32(np.ascontiguousarray(x)) for name, x in p.weights.items()}
+    parameters = {name: dict(shape=x.shape, crc32=sums[name]) for name, x in p.weights.items()}
+    index = dict(weights=origin, settings=settings, config=p.config, parameters=parameters, tensors=entries)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(out) / "vectors.safetensors")
+    (Path(out) / "index.json").write_text(json.dumps(index, indent=1))
+    return len(entries)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--model", default="harmon-tiny", help="harmon-tiny, a folder, an official .pth, or a hub id (default: %(default)s)")
+    add("--model", default="harmon-tiny", help="harmon-tiny, a folder, an official .pth, or a hub id")
     add("--vae", type=Path, help="the VAE's file, when the model's holds none (kl16.ckpt)")
     add("--tokenizer", type=Path, help="a tokenizer.json or its folder, when the model has none beside it")
-    add("--random", metavar="NAME", help="instead: name-seeded random weights at the size of harmon-tiny, harmon-0.5b, harmon-1.5b or of a folder with a config.json")
-    add("--save-weights", type=Path, metavar="FOLDER", help="also write the model's weights, for a port that does not make random ones itself")
+    add("--random", metavar="NAME", help="instead: random weights of an official size or a folder's config")
+    add("--save-weights", type=Path, metavar="FOLDER", help="also write the model, for a port that reads it")
     add("--out", type=Path, required=True)
     add("--passes", default=",".join(PASSES), help="some of them, separated by commas (default: %(default)s)")
-    add("--image", type=Path, help="default: a picture from the world of shapes")
-    add("--question")
-    add("--prompt", help="what the generation draws")
-    add("--steps", type=int, default=4, help="of generation (default: %(default)s)")
-    add("--cfg", type=float, default=3.0)
-    add("--temperature", type=float, default=0.9)
-    add("--max-new-tokens", type=int, default=16)
-    add("--seed", type=int, default=0, help="of orders, noise, masks and the default picture")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add("--image", type=Path, help="default: a picture of the shapes world")
+    for name, value in SETTINGS.items():
+        add(f"--{name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
     args = parser.parse_args(argv)
     try:
-        dtype = getattr(torch, args.dtype)
         if args.random:
-            model = random_model(HarmonConfig.of(args.random), dtype)
+            model = random_model(args.random)
         else:
-            model = Harmon.from_pretrained(args.model, vae=args.vae, tokenizer=args.tokenizer, device="cpu", dtype=dtype)
+            files = dict(vae=args.vae, tokenizer=args.tokenizer)
+            model = Harmon.from_pretrained(args.model, **files, device="cpu", dtype=torch.float32)
         if args.save_weights:
             model.save_pretrained(args.save_weights)
-        image = Image.open(args.image).convert("RGB") if args.image else None
-        count = export(model, args.out, origin="random" if args.random else args.model, passes=args.passes.split(","), image=image, question=args.question,
-                       prompt=args.prompt, steps=args.steps, cfg=args.cfg, temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed)
-        print(f"{args.out}: {count} tensors, {(args.out / 'vectors.safetensors').stat().st_size / 1e6:.1f} MB")
+        count = export(
+            model, args.out, origin="random" if args.random else args.model, passes=args.passes.split(","),
+            image=open_image(args.image) if args.image else None,
+            settings={name: getattr(args, name) for name in SETTINGS})
+        print(f"{args.out}: {count} tensors")
     except (ValueError, OSError) as error:
         print(f"export.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

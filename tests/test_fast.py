@@ -1,124 +1,305 @@
-"""The fixed shapes of the fast paths against the plain ones. On CUDA the same tests run captured; without it they show the logic only."""
+"""Fast paths against the plain ones."""
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import SMALL, shake
 
-from harmonkit.fast import ONEDNN, Graph, accelerate
+import llm
+import mar
+from harmon import Harmon
+from harmonkit import fast
+from harmonkit.fast import (
+    HAS_ONEDNN,
+    accelerate,
+    batch_modulations,
+    chunk_next_token_loss,
+    cpu_attention,
+    flash_attention,
+    patch_attention,
+)
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(scope="module")
-def pair(small):
-    plain = copy.deepcopy(small).to(DEVICE)
-    return plain, accelerate(copy.deepcopy(plain), "graphs")
-
-
-@pytest.mark.parametrize("rows", [1, 8, 11])
-@pytest.mark.parametrize("options", [dict(), dict(cfg=3.0), dict(cfg=2.0, temperature=0.7), dict(cfg=3.0, solver="dpm++", steps=4)])
-def test_padded_rows_change_nothing(pair, rows, options):
-    z = torch.randn(rows * (2 if "cfg" in options else 1), 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-
-    def noise():
-        g = torch.Generator().manual_seed(1)
-        return lambda shape: torch.randn(shape, generator=g)
-    expected, got = (model.mar.diffloss.sample(z, noise_fn=noise(), **options) for model in pair)
-    assert got.shape == (rows, 4) and torch.allclose(got, expected, atol=1e-4)
+needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="weights are packed on x86 only")
 
 
-def test_whole_images_are_the_same(pair):
-    plain, fast = pair
-    for _ in range(2):                                    # what is kept from the first call does not disturb the second
-        a, b = (model.generate_image(["a red circle", "two stars"], seed=3, num_iter=4) for model in (plain, fast))
-        for x, y in zip(a, b):
-            assert max(abs(p - q) for p, q in zip(x.tobytes(), y.tobytes())) <= 1
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
-def test_answers_are_the_same(pair):
-    plain, fast = pair
-    for length, count in ((5, 12), (9, 3), (5, 12), (3, 600)):   # another prompt and another cache length in between
-        embeds = torch.randn(1, length, 32, generator=torch.Generator().manual_seed(length)).to(DEVICE)
-        expected = list(plain.llm.generate(embeds, max_new_tokens=count))
-        assert list(fast.llm.generate(embeds, max_new_tokens=count)) == expected and len(expected) == count
-        stop = expected[2]
-        assert list(fast.llm.generate(embeds, max_new_tokens=count, eos_token_id=stop)) == expected[:expected.index(stop)]
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=generator(seed))
 
 
-@pytest.mark.skipif(not ONEDNN, reason="weights are packed on x86 only")
-def test_packed_weights_change_nothing(small, tmp_path):
-    plain = copy.deepcopy(small).bfloat16()
-    fast = accelerate(copy.deepcopy(plain), "auto")
-    assert "forward" in vars(fast.llm.lm_head), "auto packs on the CPU"
-    for shape in ((1, 1, 32), (2, 7, 32), (300, 32)):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-        layer = fast.proj_in[0]
-        with torch.no_grad():
-            assert torch.allclose(layer(x).float(), plain.proj_in[0](x).float(), atol=0.02) and layer(x).shape == x.shape
-    prompt = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert list(fast.llm.generate(prompt, max_new_tokens=8)) == list(plain.llm.generate(prompt, max_new_tokens=8))
-    exact = copy.deepcopy(plain).float()
-    for mlp in (lambda model: model.llm.model.layers[0].mlp, lambda model: model.mar.encoder_blocks[0].mlp, lambda model: model.mar.diffloss.net.res_blocks[0].mlp):
-        x = torch.randn(300, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
-        with torch.no_grad():
-            expected = mlp(exact)(x.float())
-            error, packed_error = ((mlp(model)(x).float() - expected).abs().mean() for model in (plain, fast))
-        assert packed_error < 1.05 * error < 0.02 * expected.abs().mean(), "activations join the product before them: one rounding less"
-    images = [torch.tensor([list(image.tobytes()) for image in model.generate_image(["a red circle"] * 8, seed=3, num_iter=2)]).float() for model in (exact, plain, fast)]
-    error, packed_error = ((image - images[0]).abs().mean(dim=1).median() for image in images[1:])
-    assert packed_error < 1.5 * error < 10, "grey levels from float32: no farther than the plain path"
-    assert fast.proj_in[0].weight.is_mkldnn, "packed in place: not twice in memory"
-    copied = copy.deepcopy(plain)
-    assert all(x.layout == torch.strided for x in fast.state_dict().values()) and copied.load_state_dict(fast.state_dict()).missing_keys == []
-    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), copied.parameters()))
-    for folder, model in (("plain", plain), ("fast", fast)):
-        model.save_pretrained(tmp_path / folder)
-    assert (tmp_path / "plain/model.safetensors").read_bytes() == (tmp_path / "fast/model.safetensors").read_bytes()
+def levels(images):
+    """The bytes of PIL images, (B, 3·H·W)."""
+    return torch.tensor([list(image.tobytes()) for image in images]).float()
 
 
-@pytest.mark.skipif(not ONEDNN, reason="weights are packed on x86 only")
+def parts(model):
+    """One layer of each kind."""
+    return {
+        "linear": model.proj_in[0],
+        "llm": model.llm.model.layers[0].mlp,
+        "mar": model.mar.encoder_blocks[0].mlp,
+        "head": model.mar.diffloss.net.res_blocks[0].mlp,
+    }
+
+
+# ---- modulations -----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module", params=["batched", pytest.param("packed", marks=needs_onednn)])
+def fast_head(small, request):
+    if request.param == "packed":
+        return accelerate(copy.deepcopy(small), "packed").mar.diffloss
+    head = copy.deepcopy(small.mar.diffloss)
+    batch_modulations(head)
+    return head
+
+
+@pytest.mark.parametrize("rows", [1, 8, 11, 300])
+@pytest.mark.parametrize("options", [
+    {}, {"cfg": 3.0}, {"cfg": 2.0, "temperature": 0.7}, {"num_sampling_steps": 30},
+    {"cfg": 3.0, "solver": "ddim", "num_sampling_steps": 5}, {"cfg": 3.0, "solver": "dpm++", "num_sampling_steps": 4},
+])
+def test_batched_modulations_change_nothing(small, fast_head, rows, options):
+    """300 rows with guidance leave room for one step at once, 11 rows for all."""
+    z = randn(rows * (2 if "cfg" in options else 1), 32)
+
+    def sample(head):
+        draws = generator(1)
+        return head.sample(z, noise_fn=lambda shape: torch.randn(shape, generator=draws), **options)
+    expected, out = sample(small.mar.diffloss), sample(fast_head)
+    assert out.shape == (rows, 4)
+    print("ERR", (out - expected).abs().max().item())
+    assert torch.allclose(out, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows, products", [(11, 1), (128, 1), (300, 3), (2000, 8)])
+def test_modulations_are_computed_in_few_products(small, rows, products):
+    """Of 8 diffusion steps, as many at once as keep a product below 1,024 rows."""
+    head, calls = copy.deepcopy(small.mar.diffloss), []
+    batch_modulations(head)
+    head.net.res_blocks[0].adaLN_modulation[1].register_forward_hook(lambda *call: calls.append(call[2].shape))
+    head.sample(randn(rows, 32))
+    assert len(calls) == products and sum(shape[0] for shape in calls) == 8
+
+
+# ---- packed weights --------------------------------------------------------------------------------------
+
+@needs_onednn
 def test_packed_float32_differs_by_rounding_alone(small):
-    fast = accelerate(copy.deepcopy(small), "packed")
-    assert fast.llm.model.layers[0].mlp.down_proj.weight.is_mkldnn
-    x = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
-    parts = (lambda m: m.proj_in[0], lambda m: m.llm.model.layers[0].mlp, lambda m: m.mar.encoder_blocks[0].mlp, lambda m: m.mar.diffloss.net.res_blocks[0].mlp)
+    packed = accelerate(copy.deepcopy(small), "packed")
+    x = randn(300, 32)
     with torch.no_grad():
-        assert all(torch.allclose(part(fast)(x), part(small)(x), rtol=1e-4, atol=1e-6) for part in parts)
-    prompt = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
-    assert list(fast.llm.generate(prompt, max_new_tokens=8)) == list(small.llm.generate(prompt, max_new_tokens=8))
-    a, b = (model.generate_image("a red circle", seed=3, num_iter=2)[0].tobytes() for model in (small, fast))
-    assert max(abs(p - q) for p, q in zip(a, b)) <= 1
-    assert all(torch.equal(fast.state_dict()[name], p) for name, p in small.state_dict().items())
+        for name, part in parts(small).items():
+            assert torch.allclose(parts(packed)[name](x), part(x), rtol=1e-4, atol=1e-6), name
+    prompt = randn(1, 5, 32)
+    answer = list(small.llm.generate(prompt, max_new_tokens=8))
+    assert list(packed.llm.generate(prompt, max_new_tokens=8)) == answer
+    a, b = (levels(model.generate_image("a red circle", seed=3, num_iter=2)) for model in (small, packed))
+    assert (a - b).abs().max() <= 1
 
 
-def test_what_is_not_packed(small):
-    assert "forward" not in vars(accelerate(copy.deepcopy(small), "auto").llm.lm_head), "so narrow a model is faster plain"
-    half = copy.deepcopy(small).half()
-    assert "forward" not in vars(accelerate(half, "auto").llm.lm_head)
-    with pytest.raises(ValueError, match="float16"):
-        accelerate(half, "packed")
+@needs_onednn
+def test_packed_weights_replace_the_plain_ones_and_are_saved_plain(small, tmp_path):
+    plain = copy.deepcopy(small).bfloat16()
+    packed = accelerate(copy.deepcopy(plain), "packed")
+    assert packed.proj_in[0].weight.is_mkldnn, "no weight lies in memory twice"
+    assert not packed.llm.model.embed_tokens.weight.is_mkldnn, "token embeddings are read row by row"
+    state = packed.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())
+    for folder, model in (("plain", plain), ("packed", packed)):
+        model.save_pretrained(tmp_path / folder)
+    files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("plain", "packed")]
+    assert files[0] == files[1]
+
+
+@needs_onednn
+def test_packed_bfloat16_is_as_near_to_float32_as_plain_bfloat16(small):
+    exact = copy.deepcopy(small).bfloat16().float()
+    plain = copy.deepcopy(small).bfloat16()
+    packed = accelerate(copy.deepcopy(plain), "packed")
+    x = randn(300, 32).bfloat16()
+    with torch.no_grad():
+        for name in parts(plain):
+            expected = parts(exact)[name](x.float())
+            plain_error, packed_error = ((parts(model)[name](x) - expected).abs().mean() for model in (plain, packed))
+            # An activation joins the product before it: one rounding less.
+            assert packed_error < 1.05 * plain_error < 0.02 * expected.abs().mean(), name
+    images = [levels(model.generate_image(["a red circle"] * 8, seed=3, num_iter=2)) for model in (exact, plain, packed)]
+    plain_error, packed_error = ((image - images[0]).abs().mean(dim=1).median() for image in images[1:])
+    assert packed_error < 1.5 * plain_error < 10, "in grey levels"
+    for shape in ((1, 1, 32), (2, 7, 32), (300, 32)):
+        assert packed.proj_in[0](randn(*shape).bfloat16()).shape == shape
+
+
+# ---- modes -----------------------------------------------------------------------------------------------
+
+def is_packed(model):
+    return "forward" in vars(model.llm.lm_head)
+
+
+def test_auto_packs_where_it_pays(small):
+    wide = replace(SMALL.llm, hidden_size=512, num_hidden_layers=1)
+    for model, pays in ((copy.deepcopy(small), False), (copy.deepcopy(small).bfloat16(), True),
+                        (copy.deepcopy(small).half(), False), (Harmon(replace(SMALL, llm=wide)), True)):
+        assert accelerate(model, "auto") is model
+        assert is_packed(model) == (pays and HAS_ONEDNN)
+        assert ("denoiser" in vars(model.mar.diffloss)) == is_packed(model)
+
+
+def test_eager_changes_nothing(small):
+    model = copy.deepcopy(small)
+    accelerate(model, "eager")
+    assert not is_packed(model) and "denoiser" not in vars(model.mar.diffloss)
+
+
+def test_impossible_modes_are_refused(small):
+    with pytest.raises(ValueError, match="unknown mode 'warp'; known: auto, eager, packed, compiled"):
+        accelerate(small, "warp")
+    with pytest.raises(ValueError, match="packed in float32 and bfloat16 on x86 processors; these are torch.float16"):
+        accelerate(copy.deepcopy(small).half(), "packed")
 
 
 def test_compiled_gives_the_same(small):
-    fast = accelerate(copy.deepcopy(small).to(DEVICE), "compiled")
-    a, b = (model.generate_image("a red circle", seed=3, num_iter=2)[0] for model in (copy.deepcopy(small).to(DEVICE), fast))
-    assert max(abs(p - q) for p, q in zip(a.tobytes(), b.tobytes())) <= 1
+    model = accelerate(copy.deepcopy(small), "compiled")
+    a, b = (levels(m.generate_image("a red circle", seed=3, num_iter=2)) for m in (small, model))
+    assert (a - b).abs().max() <= 1
 
 
-def test_unknown_mode(small):
-    with pytest.raises(ValueError, match="graphs"):
-        accelerate(small, "warp")
+# ---- attention -------------------------------------------------------------------------------------------
+
+def inputs():
+    """q, k, v (2, 6, L, 8) with L of 5 and S of 9, and a mask (2, 1, 5, 9) with one key at least a row."""
+    mask = torch.rand(2, 1, 5, 9, generator=generator()) > 0.3
+    mask[..., 0] = True
+    return [randn(2, 6, 5, 8), randn(2, 6, 9, 8, seed=1), randn(2, 6, 9, 8, seed=2)], mask
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need CUDA")
-def test_a_graph_is_captured_once_for_each_shape():
+def values_and_gradients(attention, qkv, mask, dtype=torch.float32, autocast=False):
+    x = [tensor.to(dtype).detach().requires_grad_() for tensor in qkv]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = attention(*x, attn_mask=mask)
+    out.float().sin().sum().backward()
+    return [out.detach().float()] + [tensor.grad.float() for tensor in x]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_cpu_attention_is_attention(masked, autocast):
+    """In bfloat16, and float32 under autocast: within twice torch's own error of the float32 result."""
+    qkv, mask = inputs()
+    mask = mask if masked else None
+    dtype = torch.float32 if autocast else torch.bfloat16
+    exact = values_and_gradients(F.scaled_dot_product_attention, qkv, mask)
+    torchs = values_and_gradients(F.scaled_dot_product_attention, qkv, mask, dtype, autocast)
+    ours = values_and_gradients(cpu_attention, qkv, mask, dtype, autocast)
+    for expected, theirs, own in zip(exact, torchs, ours, strict=True):
+        print("ERR", ((own - expected).norm()/ expected.norm()).item(), ((theirs - expected).norm()/ expected.norm()).item())
+        assert (own - expected).norm() < 0.02 * expected.norm()
+
+
+def test_cpu_attention_is_torchs_in_float32_and_without_gradients():
+    qkv, mask = inputs()
+    for attn_mask in (None, mask):
+        expected = F.scaled_dot_product_attention(*qkv, attn_mask=attn_mask)
+        assert torch.equal(cpu_attention(*qkv, attn_mask=attn_mask), expected)
+    half = [tensor.bfloat16() for tensor in qkv]
+    with torch.no_grad():
+        assert torch.equal(cpu_attention(*half), F.scaled_dot_product_attention(*half))
+
+
+def test_cpu_attention_drops_weights():
+    ones = torch.ones(1, 1, 2000, 4, dtype=torch.bfloat16, requires_grad=True)
+    torch.manual_seed(0)
+    out = cpu_attention(ones, ones, ones, dropout_p=0.5)
+    assert torch.allclose(cpu_attention(ones, ones, ones), ones, atol=0.02)
+    assert out.float().mean().item() == pytest.approx(1, abs=0.01) and 0.005 < out.float().std() < 0.05
+
+
+def test_flash_attention_is_called_with_its_own_layout(monkeypatch):
+    """A stand-in computes what flash-attn documents, for (B, L, heads, d)."""
     calls = []
 
-    def double(x):
-        calls.append(x.shape)
-        return 2 * x
-    graph = Graph(double)
-    for n in (4, 4, 5, 4):
-        x = torch.randn(n, device=DEVICE)
-        assert torch.equal(graph(x), 2 * x)
-    assert len(graph.captured) == 2 and len(calls) == 6   # two to warm up and one captured, of each shape
+    def stand_in(q, k, v, dropout_p):
+        calls.append(dropout_p)
+        scores = torch.einsum("blhd,bshd->bhls", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("bhls,bshd->blhd", scores.softmax(dim=-1), v)
+    monkeypatch.setattr(fast, "flash_attn_func", lambda: stand_in)
+    qkv, mask = inputs()
+    half = [tensor.half() for tensor in qkv]
+    out = flash_attention(*half, dropout_p=0.1)
+    assert torch.allclose(out.float(), F.scaled_dot_product_attention(*qkv), atol=2e-3)
+    assert calls == [0.1]
+    # Not for masks, float32 and heads above 256.
+    wide = torch.ones(1, 1, 2, 264).half()
+    assert torch.equal(flash_attention(*half, attn_mask=mask), F.scaled_dot_product_attention(*half, attn_mask=mask))
+    assert torch.equal(flash_attention(*qkv), F.scaled_dot_product_attention(*qkv))
+    assert torch.equal(flash_attention(wide, wide, wide), wide)
+    assert len(calls) == 1
+
+
+@pytest.fixture
+def unpatched(monkeypatch):
+    """The attention functions of mar and llm return to what they are when the test ends."""
+    for module in (mar, llm):
+        monkeypatch.setattr(module, "scaled_dot_product_attention", module.scaled_dot_product_attention)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_attention_is_patched_by_device(unpatched, installed):
+    original = mar.scaled_dot_product_attention
+    unpatched.setattr(fast, "flash_attn_func", lambda: print if installed else None)
+    patch_attention(torch.device("cuda"))
+    expected = flash_attention if installed else original
+    assert mar.scaled_dot_product_attention is llm.scaled_dot_product_attention is expected
+    patch_attention(torch.device("cpu"))
+    assert mar.scaled_dot_product_attention is llm.scaled_dot_product_attention is cpu_attention
+
+
+def test_patched_attention_trains_alike(small, unpatched):
+    def gradients():
+        model = shake(copy.deepcopy(small))
+        ids = torch.arange(5, 25).view(2, 10)
+        real = torch.arange(10) < torch.tensor([[10], [6]])
+        mask = torch.arange(16).expand(2, -1) % 2 == 0
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.text2image_loss(None, ids, real, latents=randn(2, 4, 4, 4), mask=mask)
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    plain = gradients()
+    patch_attention(torch.device("cpu"))
+    patched = gradients()
+    print("ERR", ((patched - plain).norm() / plain.norm()).item())
+    assert 0 < (patched - plain).norm() < 0.02 * plain.norm()
+
+
+# ---- the loss of long texts ------------------------------------------------------------------------------
+
+def test_the_chunked_loss_is_the_plain_one(small):
+    """1,497 labelled positions, 400 at a time."""
+    ids = torch.randint(5, 500, (3, 500), generator=generator())
+    real = torch.ones_like(ids, dtype=torch.bool)
+    plain, chunked, sizes = copy.deepcopy(small), copy.deepcopy(small), []
+    chunk_next_token_loss(chunked, chunk=400)
+    chunked.llm.lm_head.register_forward_hook(lambda *call: sizes.append(len(call[2])))
+    losses = [model.image2text_loss(None, ids, real, ids) for model in (plain, chunked)]
+    assert sizes == [400, 400, 400, 297]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
+    for loss in losses:
+        loss.backward()
+    assert len(sizes) == 8, "scores are computed again in the backward pass"
+    for (name, p), q in zip(plain.llm.named_parameters(), chunked.llm.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-7), name
+
+
+def test_short_texts_are_not_chunked(small):
+    model, hidden_states, targets = copy.deepcopy(small), randn(7, 32), torch.arange(7)
+    expected = small.next_token_loss(hidden_states, targets)
+    chunk_next_token_loss(model, chunk=7)
+    assert torch.equal(model.next_token_loss(hidden_states, targets), expected)
+    assert torch.equal(model.next_token_loss(hidden_states[:0], targets[:0]), torch.zeros(()))

@@ -1,248 +1,376 @@
 import copy
 import math
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from conftest import SMALL, shake
-from PIL import Image
+import torch.nn.functional as F
+from conftest import SMALL
 
-import harmon
-from harmonkit.data.mixture import conversation
-from harmon import END, GENERATE, IMAGE_TOKEN_ID, UNCONDITIONAL, Harmon, HarmonConfig, mask_schedule, pad_to_square, pixels_to_images
+from harmon import Harmon, Sampling
+from harmonkit.chat_template import (
+    END,
+    IGNORE_INDEX,
+    IMAGE_TOKEN_ID,
+    UNCONDITIONAL,
+    pad,
+    prompt_ids,
+    training_ids,
+)
+from llm import KVCache
+from mar import Randomness, mask_schedule
 
-
-@pytest.mark.parametrize("N, K", [(256, 64), (16, 1), (16, 16), (16, 50), (1, 3), (30, 7)])
-def test_mask_schedule(N, K):
-    m = mask_schedule(N, K)
-    assert len(m) == K + 1 and m[0] == N and m[-1] == 0 and all(a >= b for a, b in zip(m, m[1:]))
-    assert all(v >= 1 for v in m[:-1])
-    if (N, K) == (256, 64):
-        assert m[1:5] == [255, 254, 253, 252] and m[32] == math.floor(256 * math.cos(math.pi / 4))
-
-
-def test_drawn_masks(small):
-    torch.manual_seed(0)
-    counts = []
-    for _ in range(300):
-        mask = small.draw_mask(3, 16)
-        assert mask.shape == (3, 16) and len(set(mask.sum(1).tolist())) == 1
-        counts.append(int(mask[0].sum()))
-    assert set(counts) == {12, 13, 14, 15, 16}      # ceil(ratio · 16), ratio in [0.7, 1]
-    # P(ratio > 15/16) for a normal (1, 0.25) cut to [0.7, 1] is 0.1975 / 0.7699 · … = 0.257
-    assert abs(counts.count(16) / 300 - 0.257) < 0.08
+PROMPTS = ["a red circle", "three blue stars and a green cross"]
+N, n = 16, 4                                    # image and buffer tokens of SMALL
 
 
 def prompt(model, texts):
-    return model.pad([model.prompt_ids(t) for t in texts])
+    return pad(model.tokenizer, [prompt_ids(model.tokenizer, text) for text in texts])
 
 
-def images_of(model, prompts, seeds, **kwargs):
-    pictures = []
-    model.generate_image(prompts, seed=seeds, on_step=lambda k, tokens, hidden: pictures.append(tokens.clone()), **{"num_iter": 5, **kwargs})
-    return pictures[-1]
+@pytest.fixture
+def latents():
+    """(2, 4, 4, C)."""
+    return torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
-def test_an_image_does_not_depend_on_its_batch(small):
-    prompts = ["a red circle", "three blue stars to the left of a very long and winding caption", "a star"]
-    together = images_of(small, prompts, [5, 6, 7])
-    for i in range(3):
-        alone = images_of(small, prompts[i:i + 1], [5 + i])
-        assert torch.allclose(together[i], alone[0], atol=1e-4), f"image {i} changed with its batch"
-    assert not torch.allclose(images_of(small, ["a red circle"], [8])[0], together[0], atol=1e-2)
+@pytest.fixture
+def mask():
+    """11 of 16 tokens hidden, other ones in each row."""
+    return torch.rand(2, N, generator=torch.Generator().manual_seed(0)).argsort(dim=1) < 11
 
 
-@pytest.mark.parametrize("settings", [dict(cfg=1.0), dict(cfg_schedule="linear"), dict(num_iter=1), dict(num_iter=40), dict(size=(24, 56)), dict(temperature=0.0)])
-def test_settings_work_and_matter(small, settings):
-    a = images_of(small, ["a red circle"], [1])
-    b = images_of(small, ["a red circle"], [1], **settings)
-    h, w = [n // 8 for n in settings.get("size", (32, 32))]
-    assert b.shape == (1, h, w, 4) and b.isfinite().all()
-    assert a.shape != b.shape or not torch.equal(a, b)
+@pytest.fixture
+def dialog(small):
+    """input_ids, attention_mask and labels of two questions about an image, with answers of two lengths."""
+    rows = [training_ids(small.tokenizer, [turn], num_image_tokens=N + n)
+            for turn in (("What?", "a red circle"), ("How many are there?", "two"))]
+    ids, real = pad(small.tokenizer, [ids for ids, _ in rows])
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    for i, (_, row) in enumerate(rows):
+        labels[i, :len(row)] = torch.tensor(row)
+    return ids, real, labels
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_parts_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="stride 8 and 4 channels, the MAR expects 16 and 4"):
+        Harmon(replace(SMALL, mar=replace(SMALL.mar, vae_stride=16)))
+    with pytest.raises(ValueError, match="stride 8 and 4 channels, the MAR expects 8 and 3"):
+        Harmon(replace(SMALL, mar=replace(SMALL.mar, token_dim=3)))
+
+
+# ---- pixels and latents ----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_latents_are_the_scaled_means(small):
+    pixels = torch.rand(2, 3, 16, 24, generator=generator()) * 2 - 1
+    latents = small.encode(pixels)
+    mean = small.vae.encode(pixels).mean                                    # (2, C, 2, 3)
+    assert latents.shape == (2, 2, 3, 4)
+    assert torch.equal(latents[1, 0, 2], 0.5 * mean[1, :, 0, 2])
+    assert torch.allclose(small.decode(latents), small.vae.decode(mean), atol=1e-5)
+
+
+def test_decoding_takes_a_megapixel_at_once(small, monkeypatch):
+    sizes = []
+
+    def decode(z):
+        sizes.append(len(z))
+        return z[:, :3]
+    monkeypatch.setattr(small.vae, "decode", decode)
+    latents = torch.arange(9.0)[:, None, None, None].expand(9, 64, 64, 4)  # 512 pixels square
+    assert small.decode(latents)[:, 0, 0, 0].tolist() == [2 * i for i in range(9)]
+    assert sizes == [4, 4, 1]
+
+
+# ---- see, think, draw ------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_see_puts_the_buffers_last_for_the_llm(small, latents, mask):
+    x_enc, z_enc = small.see(latents.flatten(1, 2), mask, (4, 4))
+    assert x_enc.shape == (2, n + 5, 32) and z_enc.shape == (2, 5 + n, 32)
+    assert torch.equal(x_enc, small.mar.encode(latents.flatten(1, 2), mask, (4, 4)))
+    assert torch.allclose(z_enc[:, -n:], small.proj_in(x_enc[:, :n]), atol=1e-6)
+    assert torch.allclose(z_enc[:, :-n], small.proj_in(x_enc[:, n:]), atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_residual_returns_each_vector_to_its_place(small, latents, mask):
+    x_enc, z_enc = small.see(latents.flatten(1, 2), mask, (4, 4))
+    out = small.add_residual(x_enc, z_enc)
+    assert torch.allclose(out[:, :n], x_enc[:, :n] + small.proj_out(z_enc[:, -n:]), atol=1e-6)
+    assert torch.allclose(out[:, n:], x_enc[:, n:] + small.proj_out(z_enc[:, :-n]), atol=1e-6)
+
+
+@torch.no_grad()
+def test_see_think_draw_give_what_masked_features_gives(small):
+    """A cached prompt and one pass over everything are the same, for padded prompts and a wide grid."""
+    ids, real = prompt(small, PROMPTS)
+    latents = torch.randn(2, 3, 5, 4, generator=generator())
+    mask = torch.rand(2, 15, generator=generator()).argsort(dim=1) < 6
+    cache = KVCache()
+    small.llm(ids, attention_mask=real, cache=cache)
+    x_enc, z_enc = small.see(latents.flatten(1, 2), mask, (3, 5))
+    for _ in range(2):                          # the second time on the cache that the first leaves
+        z_llm = small.think(z_enc, real, cache)
+        assert cache.length == ids.shape[1]
+        z = small.draw(x_enc, z_llm, mask, (3, 5))
+        expected = small.mar.decode(small.masked_features(latents, mask, ids, real), mask, (3, 5))
+        assert z.shape == (2, 15, 32) and torch.allclose(z, expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_prompt_may_show_the_whole_image(small, latents, mask, dialog):
+    """Reconstruction alignment: hidden tokens reach the result through the prompt's image."""
+    ids, real, _ = dialog
+    cache = KVCache()
+    small.llm(inputs_embeds=small.embed(ids, small.look(latents)), attention_mask=real, cache=cache)
+    x_enc, z_enc = small.see(latents.flatten(1, 2), mask, (4, 4))
+    expected = small.add_residual(x_enc, small.think(z_enc, real, cache))
+    features = small.masked_features(latents, mask, ids, real)
+    assert torch.allclose(features, expected, atol=1e-5)
+    changed = torch.where(mask.view(2, 4, 4, 1), latents + 1, latents)
+    assert not torch.allclose(small.masked_features(changed, mask, ids, real), features, atol=1e-2)
+
+
+@torch.no_grad()
+def test_embed_puts_image_features_where_the_ids_say(small):
+    ids = torch.tensor([[5, IMAGE_TOKEN_ID, IMAGE_TOKEN_ID, 6], [IMAGE_TOKEN_ID, 7, 8, IMAGE_TOKEN_ID]])
+    z_enc = torch.randn(2, 2, 32)
+    embeds, table = small.embed(ids, z_enc), small.llm.model.embed_tokens.weight
+    expected = torch.stack([table[5], z_enc[0, 0], z_enc[0, 1], table[6],
+                            z_enc[1, 0], table[7], table[8], z_enc[1, 1]])
+    assert torch.equal(embeds.flatten(0, 1), expected)
+    with pytest.raises(ValueError, match="input_ids hold 4 image positions, the images give 6"):
+        small.embed(ids, torch.zeros(2, 3, 32))
+    with pytest.raises(ValueError, match="hold 4 image positions, the images give 0"):
+        small.embed(ids)
+
+
+# ---- generation ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("num_iter, cfg", [(1, 1.0), (5, 3.0), (16, 1.0), (30, 3.0)])
+def test_sample_is_its_steps(small, num_iter, cfg):
+    """sample_steps yields K times, also when K > N; its last tokens, decoded, are what sample returns."""
+    ids, real = prompt(small, PROMPTS)
+    B = 2 if cfg == 1 else 1
+    canvas = torch.zeros(B, N, 4), torch.ones(B, N, dtype=torch.bool)
+    steps = list(small.sample_steps(
+        ids, real, Sampling(num_iter, cfg), Randomness(generator()), canvas, (4, 4)))
+    assert len(steps) == num_iter
+    assert [int(mask[0].sum()) for _, mask in steps] == mask_schedule(N, num_iter)[1:]
+    seen = []
+    pixels = small.sample(ids, real, num_iter=num_iter, cfg=cfg, generator=generator(),
+                          on_step=lambda *step: seen.append(step))
+    assert torch.equal(pixels, small.decode(steps[-1][0].view(B, 4, 4, 4)).detach())
+    assert [k for k, _, _ in seen] == list(range(1, num_iter + 1))
+    for (tokens, mask), (_, seen_tokens, seen_mask) in zip(steps, seen, strict=True):
+        assert torch.equal(tokens, seen_tokens.flatten(1, 2)) and torch.equal(mask, seen_mask)
 
 
 def test_every_token_is_drawn_once_in_the_given_order(small):
     ids, real = prompt(small, ["a red circle", UNCONDITIONAL])
-    orders, seen = torch.randperm(16)[None], []
-    small.sample(ids, real, num_iter=6, orders=orders, generator=torch.Generator().manual_seed(0), on_step=lambda k, tokens, hidden: seen.append((tokens.clone(), hidden)))
-    masked = [m for m in mask_schedule(16, 6)[1:]]
-    for (tokens, hidden), m in zip(seen, masked):
-        assert sorted(hidden[0].nonzero()[:, 0].tolist()) == sorted(orders[0, :m].tolist())
-        assert (tokens.flatten(1, 2)[0].abs().sum(1) > 0).tolist() == (~hidden[0]).tolist()
-    for (before, hidden), (after, _) in zip(seen, seen[1:]):
-        assert torch.equal(before.flatten(1, 2)[~hidden], after.flatten(1, 2)[~hidden])
+    orders, steps = torch.randperm(N, generator=generator())[None], []
+    small.sample(ids, real, num_iter=6, orders=orders, generator=generator(),
+                 on_step=lambda k, tokens, mask: steps.append((tokens.flatten(1, 2), mask)))
+    for (tokens, mask), m in zip(steps, mask_schedule(N, 6)[1:], strict=True):
+        assert mask[0].nonzero().flatten().tolist() == sorted(orders[0, :m].tolist())
+        assert torch.equal(tokens.any(dim=2), ~mask), "hidden tokens are 0"
+    for (before, mask), (after, _) in zip(steps, steps[1:]):
+        assert torch.equal(before[~mask], after[~mask]), "a drawn token stays"
 
 
-def test_the_cached_prompt_gives_what_a_full_pass_gives(small):
-    """z of the first step through `sample`'s cache against masked_features, which has none."""
-    ids, real = prompt(small, ["a red circle", "three blue stars and a green cross"])
-    captured = []
-    original, small.mar.decode = small.mar.decode, lambda x, *args: captured.append(x) or original(x, *args)
-    try:
-        small.sample(ids, real, num_iter=2, cfg=1.0, generator=torch.Generator().manual_seed(0))
-    finally:
-        del small.mar.decode
+def test_the_head_gets_what_masked_features_gives(small, monkeypatch):
+    """In the first step, through the cached prompt."""
+    ids, real = prompt(small, PROMPTS)
+    decode, given = small.mar.decode, []
+
+    def record(x, *others):
+        given.append(x)
+        return decode(x, *others)
+    monkeypatch.setattr(small.mar, "decode", record)
+    small.sample(ids, real, num_iter=2, cfg=1.0, generator=generator())
     with torch.no_grad():
-        expected = small.masked_features(torch.zeros(2, 4, 4, 4), torch.ones(2, 16).bool(), ids, real)
-    assert torch.allclose(captured[0], expected, atol=1e-5)
+        mask = torch.ones(2, N, dtype=torch.bool)
+        expected = small.masked_features(torch.zeros(2, 4, 4, 4), mask, ids, real)
+    assert torch.allclose(given[0], expected, atol=1e-5)
 
 
-def test_inpainting_keeps_what_is_not_masked(small):
-    torch.manual_seed(0)
-    image = Image.fromarray((torch.rand(32, 32, 3) * 255).byte().numpy())
-    mask = Image.new("L", (32, 32))
-    mask.paste(255, (8, 0, 24, 16))                                 # 2 × 2 tokens
-    history = []
-    result = small.generate_image(["a star"], image=image, mask=mask, num_iter=3, on_step=lambda k, t, hidden: history.append((t.clone(), hidden)))[0]
-    known = small.encode(harmon.image_to_pixels(image, (32, 32)))
-    keep = torch.ones(4, 4).bool()
-    keep[:2, 1:3] = False
-    for tokens, hidden in history:
-        assert torch.equal(tokens[0][keep], known[0][keep]) and not hidden.view(4, 4)[keep].any()
-    assert not torch.equal(history[-1][0][0][~keep], known[0][~keep])
-    a, b = (torch.from_numpy(np.asarray(x).astype(int)) for x in (image, result))
-    outside = torch.ones(32, 32).bool()
-    outside[0:16, 8:24] = False
-    assert (a - b)[outside].abs().max() <= 1 and not torch.equal(a[~outside], b[~outside])
-    with pytest.raises(ValueError, match="black everywhere"):
-        small.generate_image(["a star"], image=image, mask=Image.new("L", (32, 32)))
+def test_guidance_by_the_same_prompt_changes_nothing(small):
+    ids, real = prompt(small, PROMPTS[:1])
+    plain = small.sample(ids, real, num_iter=4, cfg=1.0, generator=generator())
+    both = ids.repeat(2, 1), real.repeat(2, 1)
+    assert torch.allclose(small.sample(*both, num_iter=4, cfg=3.0, generator=generator()), plain, atol=1e-3)
+    other = prompt(small, [PROMPTS[0], UNCONDITIONAL])
+    guided = small.sample(*other, num_iter=4, cfg=3.0, generator=generator())
+    assert not torch.allclose(guided, plain, atol=0.1)
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(num_iter=0), "num_iter"), (dict(cfg=-1.0), "cfg"), (dict(cfg_schedule="cosine"), "cosine"), (dict(size=(32, 30)), "multiples of 8"),
-    (dict(size=0), "multiples"), (dict(seed=[1, 2]), "2 seeds"), (dict(temperature=-1), "temperature")])
-def test_bad_settings_are_named(small, wrong, message):
-    with pytest.raises(ValueError, match=message):
-        small.generate_image(["a star"], **wrong)
+def test_known_tokens_of_a_canvas_stay(small, latents):
+    """Eight tokens are known; those that are not start at 0, whatever the canvas holds there."""
+    ids, real = prompt(small, PROMPTS)
+    mask = torch.arange(N).expand(2, -1) % 2 == 0
+    original, steps = latents.clone(), []
+    settings = dict(num_iter=3, cfg=1.0)
+    pixels = small.sample(ids, real, canvas=(latents, mask), generator=generator(), **settings,
+                          on_step=lambda k, tokens, mask: steps.append((tokens.flatten(1, 2), mask)))
+    assert torch.equal(latents, original), "the canvas itself is not written to"
+    known = latents.flatten(1, 2)[~mask]
+    assert [int(hidden.sum()) for _, hidden in steps] == [2 * m for m in mask_schedule(8, 3)[1:]]
+    for tokens, hidden in steps:
+        assert torch.equal(tokens[~mask], known) and not hidden[~mask].any()
+    assert not torch.equal(steps[-1][0][mask], latents.flatten(1, 2)[mask])
+    spoiled = torch.where(mask.view(2, 4, 4, 1), math.inf, latents).nan_to_num(posinf=1e3)
+    again = small.sample(ids, real, canvas=(spoiled, mask), generator=generator(), **settings)
+    assert torch.equal(again, pixels)
+    changed = torch.where(mask.view(2, 4, 4, 1), latents, latents + 1)
+    other = small.sample(ids, real, canvas=(changed, mask), generator=generator(), **settings)
+    assert not torch.allclose(other, pixels, atol=0.1), "the known tokens are seen"
 
 
-def test_empty_prompts_are_refused(small):
-    for prompts in ("", "  ", [], ["a star", ""]):
-        with pytest.raises(ValueError, match="empty"):
-            small.generate_image(prompts)
-    with pytest.raises(ValueError, match="empty"):
-        next(small.chat(" "))
+@pytest.mark.parametrize("name, value", [("num_iter", 0), ("cfg", math.nan), ("solver", "euler")])
+def test_settings_out_of_range_are_named(small, name, value):
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        small.sample(*prompt(small, PROMPTS), **{name: value})
 
 
-def test_unknown_sampling_options_are_refused(small):
-    with pytest.raises(TypeError):
-        small.generate_image(["a star"], cgf=3.0)
+def test_guidance_needs_pairs_of_prompts(small):
+    with pytest.raises(ValueError, match=r"\[conditional; unconditional\]; 3 rows are odd"):
+        small.sample(*prompt(small, PROMPTS + PROMPTS[:1]))
+    with pytest.raises(TypeError, match="cgf"):
+        small.sample(*prompt(small, PROMPTS), cgf=3.0)
 
 
-# ---- prompts and chat ------------------------------------------------------------------------------------------------
+# ---- losses ----------------------------------------------------------------------------------------------
 
-def test_prompt_template(small):
-    text = small.tokenizer.decode(small.prompt_ids(GENERATE.format(caption="a star")), skip_special_tokens=False)
-    assert text == "<|im_start|>user\nGenerate an image: a star<|im_end|>\n<|im_start|>assistant\n"
-    ids = small.prompt_ids("What is it?", image_tokens=20, history=[("Hi", "Hello"), ("So", "what")])
-    assert ids.count(IMAGE_TOKEN_ID) == 20
-    first = ids.index(IMAGE_TOKEN_ID)
-    decode = lambda x: small.tokenizer.decode(x, skip_special_tokens=False)  # noqa: E731
-    assert decode(ids[:first]) == "<|im_start|>user\n"
-    assert decode(ids[first + 20:]) == ("\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nSo<|im_end|>\n<|im_start|>assistant\n"
-                                        "what<|im_end|>\n<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n")
+def test_looking_passes_a_tenth_of_the_gradient(small, latents):
+    z_enc = small.look(latents)
+    _, expected = small.visual_features(latents)
+    assert torch.equal(z_enc, expected), "the value stays as it is, to the bit"
+    weight = small.proj_in[0].weight
+    tenth, = torch.autograd.grad(z_enc.square().sum(), weight)
+    full, = torch.autograd.grad(expected.square().sum(), weight)
+    assert torch.allclose(tenth, 0.1 * full, rtol=1e-4, atol=1e-6 * full.abs().max().item())
 
 
-def test_training_sees_the_very_tokens_that_chat_feeds(small):
-    turns = [("What color is the star?", "red"), ("How many?", "two")]
-    ids, labels = conversation(small, turns, image_tokens=20)
-    assert ids[:len(small.prompt_ids("What color is the star?", image_tokens=20))] == small.prompt_ids("What color is the star?", image_tokens=20)
-    before_last = small.prompt_ids("How many?", image_tokens=20, history=turns[:1])
-    assert ids[:len(before_last)] == before_last
-    said = [i for i, label in zip(ids, labels) if label != -100]
-    assert all(label in (-100, i) for i, label in zip(ids, labels))
-    assert small.tokenizer.decode(said, skip_special_tokens=False) == f"red{END}two{END}"
-
-
-def test_chat_streams_what_greedy_decoding_gives(small):
-    image = Image.new("RGB", (50, 31), "red")
-    pieces = list(small.chat("What is it?", image, max_new_tokens=12))
-    with torch.no_grad():
-        pixels = harmon.image_to_pixels(pad_to_square(image), (32, 32))
-        _, z = small.visual_features(small.encode(pixels))
-        embeds = small.embed(torch.tensor([small.prompt_ids("What is it?", image_tokens=20)]), z)
-    ids = list(small.llm.generate(embeds, max_new_tokens=12, eos_token_id=small.tokenizer.token_to_id(END)))
-    assert "".join(pieces) == small.tokenizer.decode(ids).rstrip("\ufffd")
-    assert "".join(small.chat("What is it?", max_new_tokens=12)) != "".join(pieces)     # the image matters
-
-
-def test_image_places_must_match_the_image(small):
-    with pytest.raises(ValueError, match="19 image positions, the images give 20"):
-        small.embed(torch.tensor([[IMAGE_TOKEN_ID] * 19 + [5]]), torch.zeros(1, 20, 32))
-
-
-def test_pictures_are_padded_with_grey_and_rounded():
-    square = pad_to_square(Image.new("RGB", (10, 4), "white"))
-    assert square.size == (10, 10) and square.getpixel((0, 0)) == (127, 127, 127) and square.getpixel((5, 5)) == (255, 255, 255)
-    pixels = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
-    assert np.asarray(pixels_to_images(pixels)[0])[0, :, 0].tolist() == [0, 0, 128, 191, 255, 255]
-
-
-# ---- losses ----------------------------------------------------------------------------------------------------------
-
-def test_understanding_gradient_into_the_image_is_a_tenth(small, monkeypatch):
-    def gradient():
-        model = shake(Harmon(SMALL))
-        ids, labels = conversation(small, [("What?", "red")], image_tokens=20)
-        model.image2text_loss(None, torch.tensor([ids]), torch.ones(1, len(ids)).bool(), torch.tensor([labels]), latents=torch.ones(1, 4, 4, 4)).backward()
+def test_understanding_trains_the_encoder_with_a_tenth(small, latents, dialog):
+    def gradients(grad_scale):
+        model = copy.deepcopy(small)
+        model.grad_scale = grad_scale
+        ids, real, labels = dialog
+        model.image2text_loss(None, ids, real, labels, latents=latents).backward()
         return model.mar.z_proj.weight.grad, model.llm.model.norm.weight.grad
-    tenth = gradient()
-    monkeypatch.setattr(harmon, "GRADIENT_INTO_IMAGE", 1.0)
-    full = gradient()
-    assert torch.allclose(10 * tenth[0], full[0], rtol=1e-3, atol=1e-7) and torch.allclose(tenth[1], full[1])
+    tenth, full = gradients(0.1), gradients(1.0)
+    assert small.grad_scale == 0.1
+    assert torch.allclose(10 * tenth[0], full[0], rtol=1e-3, atol=1e-6) and torch.equal(tenth[1], full[1])
 
 
-def test_losses_from_pixels_and_from_latents_agree(small):
-    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    ids, real = prompt(small, ["a red circle", "a star"])
-    with torch.no_grad():
-        latents = small.encode(pixels)
-        results = []
-        for given in (dict(), dict(latents=latents)):
-            torch.manual_seed(1)
-            results.append(small.text2image_loss(None if given else pixels, ids, real, **given))
-    assert torch.equal(*results)
+def test_losses_of_pixels_are_those_of_their_latents(small, dialog):
+    pixels = torch.rand(2, 3, 32, 32, generator=generator()) * 2 - 1
+    latents = small.encode(pixels).detach()
+    losses = []
+    for given in (dict(pixels=pixels), dict(pixels=None, latents=latents)):
+        torch.manual_seed(1)
+        drawing = small.text2image_loss(**given, input_ids=dialog[0], attention_mask=dialog[1])
+        ids, real, labels = dialog
+        answering = small.image2text_loss(**given, input_ids=ids, attention_mask=real, labels=labels)
+        losses.append((drawing.item(), answering.item()))
+    assert losses[0] == losses[1]
 
 
-def test_a_loss_over_text_alone(small):
-    rows = [conversation(small, [("What comes after one?", "two")])]
-    ids, real = small.pad([r[0] for r in rows])
-    loss = small.image2text_loss(None, ids, real, torch.tensor([rows[0][1]]))
-    logits = small.llm.logits(small.llm(ids))[0].log_softmax(-1)
-    expected = -torch.stack([logits[i - 1, label] for i, label in enumerate(rows[0][1]) if label != -100]).mean()
-    assert torch.allclose(loss, expected, atol=1e-5)
-
-
-def test_a_long_loss_over_text_in_parts(small):
-    """Of more than 1,024 labelled positions: the same loss and gradients, computed in parts."""
+def test_the_vae_is_not_trained(small, dialog):
     model = copy.deepcopy(small)
-    ids = torch.randint(5, 500, (3, 500), generator=torch.Generator().manual_seed(0))
+    ids, real, labels = dialog
+    pixels = torch.rand(2, 3, 32, 32)
+    (model.text2image_loss(pixels, *prompt(small, PROMPTS))
+     + model.image2text_loss(pixels, ids, real, labels)).backward()
+    assert all(p.grad is None for p in model.vae.parameters())
+    assert all(p.grad.any() for p in (*model.proj_in.parameters(), *model.proj_out.parameters()))
+
+
+@torch.no_grad()
+def test_the_drawing_loss_repeats_all_tokens(small, latents, mask):
+    """t and noise hold the batch's B·N tokens diffusion_batch_mul times over."""
+    ids, real = prompt(small, PROMPTS)
+    t = torch.randint(1000, (4, 2 * N), generator=generator())
+    noise = torch.randn(4, 2 * N, 4, generator=generator())
+    draws = dict(mask=mask, t=t.flatten(), noise=noise.flatten(0, 1))
+    loss = small.text2image_loss(None, ids, real, latents=latents, **draws)
+    z = small.mar.decode(small.masked_features(latents, mask, ids, real), mask, (4, 4))
+    rows = z.flatten(0, 1), latents.view(-1, 4), mask.flatten()
+    each = [small.mar.diffloss.loss(*rows, t=t[i], noise=noise[i]) for i in range(4)]
+    assert torch.allclose(loss, torch.stack(each).mean(), rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_answering_loss_is_the_mean_over_labelled_tokens(small, latents, dialog):
+    ids, real, labels = dialog
+    loss = small.image2text_loss(None, ids, real, labels, latents=latents)
+    embeds = small.embed(ids, small.look(latents))
+    scores = small.llm.logits(small.llm(inputs_embeds=embeds, attention_mask=real)).log_softmax(dim=-1)
+    terms = [-scores[b, i - 1, labels[b, i]] for b, i in (labels != IGNORE_INDEX).nonzero().tolist()]
+    answers = [small.tokenizer.encode(text + END).ids for text in ("a red circle", "two")]
+    assert len(terms) == sum(map(len, answers))
+    assert torch.allclose(loss, torch.stack(terms).mean(), atol=1e-5)
+
+
+def test_a_loss_of_text_alone(small):
+    rows = training_ids(small.tokenizer, [("What comes after one?", "two")])
+    ids, labels = (torch.tensor([row]) for row in rows)
     real = torch.ones_like(ids, dtype=torch.bool)
-    model.image2text_loss(None, ids, real, ids).backward()
-    found = {name: p.grad.clone() for name, p in model.llm.named_parameters()}
-    model.zero_grad()
-    logits = model.llm.logits(model.llm(ids, attention_mask=real))[:, :-1]
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-    assert all(torch.allclose(p.grad, found[name], atol=1e-6) for name, p in model.llm.named_parameters())
+    expected = F.cross_entropy(small.llm.logits(small.llm(ids))[0, :-1], labels[0, 1:])
+    assert torch.allclose(small.image2text_loss(None, ids, real, labels), expected, atol=1e-5)
+    nothing = small.image2text_loss(None, ids, real, torch.full_like(labels, IGNORE_INDEX))
+    assert nothing.item() == 0 and nothing.requires_grad, "no labels, no loss"
 
 
-def test_an_image_wants_a_mask(small):
-    for given in ({"image": Image.new("RGB", (32, 32))}, {"mask": Image.new("RGB", (32, 32))}):
-        with pytest.raises(ValueError, match="image and mask go together"):
-            small.generate_image("a star", **given)
+# ---- half precision --------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def half(small):
+    model = copy.deepcopy(small).bfloat16()
+    model.tokenizer = small.tokenizer
+    return model
 
 
-def test_mismatched_parts_are_refused():
-    from dataclasses import replace
-    with pytest.raises(ValueError, match="stride"):
-        Harmon(replace(SMALL, mar=replace(SMALL.mar, vae_stride=16)))
-    with pytest.raises(ValueError, match="harmon-9b"):
-        HarmonConfig.from_name("harmon-9b")
+@torch.no_grad()
+def outputs(model, latents, mask):
+    """What each part of a pass gives, from the same float32 inputs."""
+    ids, real = prompt(model, PROMPTS)
+    x_enc, z_enc = model.see(latents.flatten(1, 2), mask, (4, 4))
+    features = model.masked_features(latents, mask, ids, real)
+    z = model.mar.decode(features, mask, (4, 4)).flatten(0, 1)
+    hidden_states = model.llm(ids, attention_mask=real)
+    t = torch.arange(32) * 31
+    return {
+        "latents": model.encode(torch.rand(2, 3, 32, 32, generator=generator())),
+        "pixels": model.decode(latents),
+        "x_enc": x_enc,
+        "z_enc": z_enc,
+        "hidden_states": hidden_states[real],
+        "logits": model.llm.logits(hidden_states[real]),
+        "features": features,
+        "z": z,
+        "head": model.mar.diffloss.net(latents.view(-1, 4), t, z),
+    }
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
-def test_other_dtypes_run(tokenizer, dtype):
-    model = shake(Harmon(SMALL)).to(dtype)
-    model.tokenizer = tokenizer
-    assert model.generate_image(["a star"], num_iter=3)[0].size == (32, 32)
-    assert isinstance("".join(model.chat("What?", Image.new("RGB", (40, 20)), max_new_tokens=4)), str)
+@pytest.mark.parametrize("name, bound", [      # measured:
+    ("latents", 0.05),                          # 0.022
+    ("pixels", 0.04),                           # 0.016
+    ("x_enc", 0.015),                           # 0.006
+    ("z_enc", 0.015),                           # 0.006
+    ("hidden_states", 0.025),                   # 0.010
+    ("logits", 0.025),                          # 0.011
+    ("features", 0.02),                         # 0.008
+    ("z", 0.02),                                # 0.008
+    ("head", 0.03),                             # 0.012
+])
+def test_bfloat16_is_near_float32(small, half, latents, mask, name, bound):
+    exact, out = outputs(small, latents, mask)[name], outputs(half, latents, mask)[name]
+    assert out.dtype == torch.bfloat16 and out.shape == exact.shape
+    assert (out - exact).norm() < bound * exact.norm()

@@ -1,86 +1,157 @@
+"""Captions -> short prompts: batches, filters, lines that are broken, kills, many processes."""
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
-from harmonkit.scripts import recaption
 from harmonkit import checkpoints
+from harmonkit.chat_template import END
+from harmonkit.scripts import recaption
 from llm import Qwen2, QwenConfig
+
+SIZES = dict(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, tie_word_embeddings=True)
+CAPTIONS = ["a red circle.", "three blue stars above a green square, in a drawing", "two purple crosses " * 5]
 
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory, tokenizer):
-    """A tiny Qwen2.5 folder as the hub has it, random weights."""
+    """A very small Qwen2.5 folder in the hub's layout, with random weights."""
     folder = tmp_path_factory.mktemp("qwen")
-    sizes = dict(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
     torch.manual_seed(0)
-    llm = Qwen2(QwenConfig(**sizes))
+    llm = Qwen2(QwenConfig(**SIZES))
     with torch.no_grad():
         for p in llm.parameters():
             if p.ndim > 1:
-                p.mul_(8)                                     # so that answers differ
-    checkpoints.write(folder / "model.safetensors", {k: v for k, v in llm.state_dict().items() if k != "lm_head.weight"})
-    (folder / "config.json").write_text(json.dumps(sizes | {"model_type": "qwen2"}))
+                p.mul_(8)                                   # so that answers differ
+    tensors = {name: tensor for name, tensor in llm.state_dict().items() if name != "lm_head.weight"}
+    checkpoints.write(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps(SIZES | {"model_type": "qwen2"}))
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
-CAPTIONS = ["a red circle.", "three blue stars above a green square, in a drawing", "two purple crosses " * 5]
+@pytest.fixture
+def command(qwen, tmp_path):
+    """Run recaption on tmp_path/captions.jsonl in this process."""
+    def run(*flags):
+        recaption.main([str(tmp_path / "captions.jsonl"), "--llm", str(qwen), "--out", str(tmp_path / "out"),
+                        "--max-new-tokens", "6", *flags])
+    return run
 
 
-def test_a_batch_decodes_as_one_by_one(qwen):
-    llm, tokenizer = recaption.load_llm(qwen, "cpu", torch.float32)
-    rows = [tokenizer.encode(recaption.CHAT.format(text=c)).ids for c in CAPTIONS]
-    alone = [list(llm.generate(llm.model.embed_tokens(torch.tensor([row])), max_new_tokens=12, eos_token_id=7)) for row in rows]
-    L = max(map(len, rows))
-    together = llm.generate_batch(torch.tensor([row + [0] * (L - len(row)) for row in rows]), torch.tensor([[i < len(row) for i in range(L)] for row in rows]),
-                                  max_new_tokens=12, eos_token_id=7)
-    assert together == alone and len({tuple(row) for row in alone}) == 3
-
-
-def shell(qwen, folder, *more, processes=1):
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run([*start, "recaption.py", folder / "captions.jsonl", "--llm", qwen, "--out", folder / "out", "--max-new-tokens", "6", *more], cwd=ROOT,
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def write_captions(folder, rows):
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def results(folder):
-    rows = [json.loads(text) for file in (folder / "out").glob("*.jsonl") for text in file.read_text().splitlines() if text.strip()]
+    """{line: row} of the complete lines. Fails if a line is there twice."""
+    rows = [row for file in (folder / "out").glob("*.jsonl") for _, row in recaption.read_lines(file, "line", int)]
     assert len(rows) == len({row["line"] for row in rows})
     return {row["line"]: row for row in rows}
 
 
-def test_lines_are_done_once_on_any_number_of_processes(qwen, tmp_path):
-    lines = [json.dumps({"caption": CAPTIONS[i % 3], "image": f"{i}.png"}) for i in range(7)]
-    (tmp_path / "captions.jsonl").write_text("\n".join(lines[:3] + ["{broken"] + lines[3:]))
-    done = shell(qwen, tmp_path)
-    assert done.returncode == 0 and "captions.jsonl:4" in done.stderr
-    first = results(tmp_path)
-    assert sorted(first) == [0, 1, 2, 4, 5, 6, 7] and first[4]["image"] == "3.png" and first[0]["short"] == first[4]["short"]
-    file = tmp_path / "out" / "part-00000.jsonl"
-    text = file.read_text().rstrip("\n")
-    file.write_text(text[:text.rindex("\n") + 20])             # a kill cut off the last line
-    done = shell(qwen, tmp_path, processes=2)
-    assert done.returncode == 0, done.stderr
-    (cut,) = [t for t in file.read_text().splitlines() if t.startswith("{") and not t.endswith("}")]
-    file.write_text(file.read_text().replace(cut + "\n", ""))
-    assert results(tmp_path) == first
+# ---- rewriting -----------------------------------------------------------------------------------------------
 
+def test_a_batch_gives_the_prompts_of_single_captions(qwen):
+    """Also against `Qwen2.generate`, whose prompt is written out here."""
+    llm, tokenizer = recaption.load_llm(qwen, "cpu", torch.float32)
+    together = recaption.rewrite(llm, tokenizer, CAPTIONS, max_new_tokens=12)
+    assert len(set(together)) == 3
+    for caption, prompt in zip(CAPTIONS, together, strict=True):
+        assert recaption.rewrite(llm, tokenizer, [caption], max_new_tokens=12) == [prompt]
+        text = ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+                "<|im_start|>user\nHere is a detailed image description: " + caption.strip().rstrip(".") +
+                ". Rewrite it into a much shorter, vivid, and visually rich sentence (one or two sentences) that "
+                "captures only the most essential elements and atmosphere of the scene. Ensure the description is "
+                "concise, clear, and optimized for use with a text-to-image generation model.<|im_end|>\n"
+                "<|im_start|>assistant\n")
+        ids = torch.tensor([tokenizer.encode(text).ids])
+        tokens = llm.generate(llm.model.embed_tokens(ids), max_new_tokens=12, eos_token_id=tokenizer.token_to_id(END))
+        assert tokenizer.decode(list(tokens)).strip() == prompt
+
+
+def test_a_folder_without_a_model(tmp_path, capsys):
+    write_captions(tmp_path, [])
+    with pytest.raises(SystemExit, match="2"):
+        recaption.main([str(tmp_path / "captions.jsonl"), "--llm", str(tmp_path / "none"), "--out", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "none/config.json: no such file" in error
+
+
+# ---- lines ---------------------------------------------------------------------------------------------------
+
+def test_other_columns_stay_and_broken_lines_are_named(command, tmp_path, capsys):
+    lines = [json.dumps({"caption": CAPTIONS[0], "image": "a\u2028é.png"}, ensure_ascii=False), "{broken", "[]", '"x"',
+             '{"text": "no caption"}', '{"caption": " "}', '{"caption": 5}', json.dumps({"caption": CAPTIONS[1]})]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    command()
+    found = results(tmp_path)
+    assert sorted(found) == [0, 7] and found[0]["image"] == "a\u2028é.png"
+    assert all(isinstance(row["short"], str) for row in found.values())
+    skipped = [text for text in capsys.readouterr().err.splitlines() if text.startswith("skipped")]
+    assert [text.split(":")[1] for text in skipped] == ["2", "3", "4", "5", "6", "7"]
+
+
+def test_a_cut_off_line_is_done_again_and_no_other(command, tmp_path, monkeypatch):
+    write_captions(tmp_path, [{"caption": CAPTIONS[i % 3]} for i in range(7)])
+    command("--batch", "3")
+    whole = results(tmp_path)
+    assert sorted(whole) == list(range(7)) and whole[0]["short"] == whole[3]["short"]
+
+    # A kill in the last line, the longest caption; what follows must not join it.
+    (file,) = (tmp_path / "out").iterdir()
+    file.write_text(file.read_text()[:-20])
+    rewritten = []
+
+    def rewrite(llm, tokenizer, captions, max_new_tokens):
+        rewritten.extend(captions)
+        return original(llm, tokenizer, captions, max_new_tokens)
+    original = recaption.rewrite
+    monkeypatch.setattr(recaption, "rewrite", rewrite)
+    command()
+    assert rewritten == [CAPTIONS[2]] and results(tmp_path) == whole
+    command()
+    assert len(rewritten) == 1 and results(tmp_path) == whole
+
+
+def test_two_processes_share_the_lines(command, tmp_path, monkeypatch):
+    write_captions(tmp_path, [{"caption": CAPTIONS[i % 3]} for i in range(5)])
+    command()
+    alone = results(tmp_path)
+    for file in (tmp_path / "out").iterdir():
+        file.unlink()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    lines = []
+    for rank in ("0", "1"):                                 # the environment that torchrun gives its processes
+        monkeypatch.setenv("RANK", rank)
+        command()
+        lines.append(sorted(results(tmp_path)))
+    assert lines == [[0, 2, 4], [0, 1, 2, 3, 4]] and results(tmp_path) == alone
+
+
+# ---- filters -------------------------------------------------------------------------------------------------
 
 def test_filters():
     row = {"caption": "x", "aesthetic": 6.5, "width": 300, "height": 100}
+    assert recaption.passes(row) and recaption.passes({"caption": "x"})
     assert not recaption.passes(row, min_aesthetic=6.5) and recaption.passes(row | {"aesthetic": 6.51}, min_aesthetic=6.5)
     assert recaption.passes(row, max_aspect=3) and not recaption.passes(row, max_aspect=2.9)
     assert recaption.passes(row, min_side=100) and not recaption.passes(row, min_side=101)
-    with pytest.raises(ValueError, match='no number "aesthetic"'):
-        recaption.passes({"caption": "x"}, min_aesthetic=6.5)
+    assert not recaption.passes(row, max_aspect=3, min_side=101)
+    assert not recaption.passes(row, max_aspect=2.9, min_side=100)
 
 
-def test_a_folder_that_is_no_model(tmp_path):
-    (tmp_path / "captions.jsonl").write_text("")
-    done = shell(tmp_path / "nothing", tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no such file" in done.stderr
+@pytest.mark.parametrize("flags, column", [(("--min-aesthetic", "6"), "aesthetic"), (("--min-side", "1"), "width")])
+def test_a_filter_needs_its_column(flags, column, command, tmp_path, capsys):
+    write_captions(tmp_path, [{"caption": "x", "aesthetic": "good", "height": 5}])
+    with pytest.raises(SystemExit, match="2"):
+        command(*flags)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and column in error
+
+
+def test_filtered_lines_are_left_out(command, tmp_path):
+    write_captions(tmp_path, [{"caption": "x", "aesthetic": score} for score in (6.4, 6.6)])
+    command("--min-aesthetic", "6.5")
+    assert list(results(tmp_path)) == [1]

@@ -1,51 +1,48 @@
-"""Turn any weights that Harmon loads into one folder: config.json, model.safetensors, tokenizer.json.
+"""Write any weights that Harmon loads as one folder of ours; of several models the mean.
 
-    python convert.py harmon_1.5b.pth --vae kl16.ckpt --tokenizer Qwen2.5-1.5B-Instruct --out Harmon-1_5B
-    python convert.py run-a run-b --out mean         # several: the mean of their weights ("Model soups", 2203.05482)
+    python -m harmonkit.scripts.convert harmon_1.5b.pth --vae kl16.ckpt --tokenizer Qwen2.5-1.5B --out folder
+    python -m harmonkit.scripts.convert run-a run-b --out mean
 """
-import argparse
-import sys
-from pathlib import Path
-
 import torch
 
-from harmonkit import checkpoints
 from harmon import Harmon
-from pretrained import locate
+from harmonkit import checkpoints
+from harmonkit.devices import DTYPES
+from harmonkit.scripts import argument_parser, errors_in_one_line
 
 
 @torch.no_grad()
 def mean_of(models):
-    """Models of one size, trained from the same start (any iterable) -> the first, with the mean of their weights."""
+    """The first of the models (any iterable), with the mean of their weights ("Model soups", 2203.05482)."""
     models = iter(models)
     mean = next(models)
-    for count, model in enumerate(models, 2):
+    for count, model in enumerate(models, start=2):
         if model.config != mean.config:
             raise ValueError("the models to average differ in size or configuration")
-        for p, q in zip(mean.parameters(), model.parameters()):
-            p.lerp_(q, 1 / count)
+        for p, q in zip(mean.parameters(), model.parameters(), strict=True):
+            p.lerp_(q, 1 / count)                                           # a running mean
     return mean
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="model", help="an official .pth, a folder or a hub id; several of one size, trained from the same start, are averaged")
-    parser.add_argument("--vae", type=Path, help="the VAE's file, when the model's holds none (kl16.ckpt)")
-    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json or its folder, when the model's folder holds none")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: that of the first model's file")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = argument_parser(__doc__)
+    parser.add_argument("models", nargs="+", help="official .pth, folders or hub ids; several of one size")
+    parser.add_argument("--vae", help="the VAE's file, if the model's holds none (kl16.ckpt)")
+    parser.add_argument("--tokenizer", help="tokenizer.json or its folder, if the model's folder holds none")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: that of the first model's file")
+    parser.add_argument("--out", required=True, help="folder")
     args = parser.parse_args(argv)
-    try:
-        dtype = getattr(torch, args.dtype) if args.dtype else next(iter(checkpoints.read(find_model(args.models[0])).values())).dtype
-        exact = dtype if len(args.models) == 1 else torch.float32
-        model = mean_of(Harmon.from_pretrained(path, vae=args.vae, tokenizer=args.tokenizer, device="cpu", dtype=exact) for path in args.models)
+    with errors_in_one_line("convert"):
+        tensors = checkpoints.read(checkpoints.find_model(args.models[0]))
+        dtype = DTYPES.get(args.dtype, next(iter(tensors.values())).dtype)
+        # A mean is taken in float32, so that it is rounded once.
+        load_dtype = dtype if len(args.models) == 1 else torch.float32
+        options = dict(vae=args.vae, tokenizer=args.tokenizer, device="cpu", dtype=load_dtype)
+        model = mean_of(Harmon.from_pretrained(path, **options) for path in args.models)
         if model.tokenizer is None:
-            raise ValueError(f"{args.models[0]}: there is no tokenizer in it; give --tokenizer, a tokenizer.json or its folder")
+            raise ValueError(f"{args.models[0]}: there is no tokenizer in it; give --tokenizer")
         model.save_pretrained(args.out, dtype=dtype)
-    except (ValueError, OSError) as error:
-        print(f"convert.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(args.out)
+        print(args.out)
 
 
 if __name__ == "__main__":

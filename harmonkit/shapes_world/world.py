@@ -1,297 +1,310 @@
-"""The shapes world: an endless supply of small scenes with captions and questions, made from an integer.
+"""The shapes world: scenes of 64×64 pixels with captions, questions and answers, each made from an integer.
 
-It mirrors the six categories of GenEval (2310.11513) in 64×64 pixels: one object, two objects, counting, colors, position and
-color attribution. Things vary in shade, size and place, but there are few layouts: one thing is large, two share the picture along one axis,
-three and four keep to its quarters. For tokens that are sampled in one step do not know of each other, and may draw halves of two layouts: where things
-of 22 to 38 pixels lie anywhere, a perfect model would draw 78% of the pictures right in 16 steps; here it draws 93% (`python evaluate.py --ceiling`).
-Boxes lie on a lattice of 8 pixels, the stride of harmon-tiny's VAE, so that a token shows one of few patterns.
-Everything is a pure function of (seed, index), so a data set needs no files. The combinations of color and shape in HELD_OUT never occur
-in training (`training_scene`), neither in pictures nor in words; they measure composition. Three tenths of the training scenes have hues between the
-six colors, "green blue" being a blue that leans to green: one who has met six hues learns them as six patterns, apart for each shape; one who has met
-them all, as a color.
+The scenes follow GenEval (2310.11513): one object, two objects, counting, colors, position, attribution.
+Shades and sizes vary, but layouts are few: the tokens of one generation step are drawn independently, so with
+many layouts even a perfect model mixes two of them (`judge.ceiling`). Boxes lie on a lattice of 8 pixels, the
+stride of harmon-tiny's VAE, so that a token shows one of few patterns.
 
-    python shapes.py        # draws a contact sheet of scenes with their captions to out/shapes.png
+The combinations in HELD_OUT never occur in training, neither in pictures nor in words: they measure
+composition. With six training hues the model memorises each color–shape pair; with the whole hue circle it
+learns color apart from shape. So some training scenes have hues between the named colors; "green blue" is a
+blue near green.
 """
 import colorsys
 import math
 import random
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZE = 64                                                                                          # pixels
-HUES = {"red": 0, "yellow": 52, "green": 125, "cyan": 182, "blue": 228, "purple": 285}             # degrees
+SIZE = 64                                                                   # pixels, both sides
+LATTICE = 8                                                                 # pixels between places of a box
+DIAMETERS = {"single": (44, 52), "pair": (24, 28), "count": (22, 26)}       # pixels, by kind of scene
+HUES = {"red": 0, "yellow": 52, "green": 125, "cyan": 182, "blue": 228, "purple": 285}      # degrees
 COLORS = tuple(HUES)
-SHAPES = ("circle", "square", "triangle", "star", "cross")
-HELD_OUT = frozenset({("red", "triangle"), ("yellow", "star"), ("green", "circle"), ("cyan", "cross"), ("blue", "square"), ("purple", "star")})
-SEEN = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT)
+HELD_OUT = frozenset({("red", "triangle"), ("yellow", "star"), ("green", "circle"),
+                      ("cyan", "cross"), ("blue", "square"), ("purple", "star")})
+BETWEEN = 0.3               # fraction of training scenes with hues between the named colors
+NAMED_WITHIN = 5            # degrees: hues this near to a named color get that name alone
+
 NUMBERS = ("no", "one", "two", "three", "four")
-INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 SIDES = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
-DIAMETERS = {"single": (44, 52), "pair": (24, 28), "count": (22, 26)}                          # pixels, by kind of scene
-LATTICE = 8                                                                                        # pixels: where the box of one thing may begin
-BETWEEN = 0.3                                                                                      # share of training scenes in hues between the six
-PURE = 5                                                                                           # degrees: what is nearer to a color has no second one in its name
+STYLES = ("plain", "color", "color", "color", "position", "color position", "color position")   # of captions
+
+STAR = [(.45 if i % 2 else 1.08, math.pi * i / 5) for i in range(10)]       # radius and angle of its corners
+OUTLINES = {                # polygons that fill a box from -1 to 1
+    "circle": [(math.cos(t), math.sin(t)) for t in np.linspace(0, 2 * math.pi, 48, endpoint=False)],
+    "square": [(-.9, -.9), (.9, -.9), (.9, .9), (-.9, .9)],
+    "triangle": [(0, -1), (1, .85), (-1, .85)],
+    "star": [(radius * math.sin(t), .05 - radius * math.cos(t)) for radius, t in STAR],
+    "cross": [(-.36, -1), (.36, -1), (.36, -.36), (1, -.36), (1, .36), (.36, .36),
+              (.36, 1), (-.36, 1), (-.36, .36), (-1, .36), (-1, -.36), (-.36, -.36)],
+}
+SHAPES = tuple(OUTLINES)
+SEEN = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in HELD_OUT)
+LABELS = 5 * len(COLORS) * len(SHAPES)                                      # classes of `label`
 
 
 @dataclass(frozen=True)
 class Thing:
-    color: str
+    color: str              # the named color nearest to the hue of rgb
     shape: str
-    x: float                # center and diameter, pixels
+    x: float                # center, pixels
     y: float
-    size: float
-    rgb: tuple = (0, 0, 0)  # the shade it is drawn in
+    size: float             # diameter, pixels
+    rgb: tuple = (0, 0, 0)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """kind: "single" (one thing), "pair" (two that differ in color and in shape) or "count" (two to four alike)."""
-    kind: str
+    kind: str               # "single", "pair" (two colors, two shapes) or "count" (two to four things alike)
     things: tuple
     background: tuple       # top and bottom rgb
 
 
-# ---- scenes ----------------------------------------------------------------------------------------------------------
+# ---- scenes and pictures -----------------------------------------------------------------------------------
 
-def outline(shape, x, y, size):
-    """Polygon of a shape that fills a size × size box around (x, y), as a list of points."""
-    r = size / 2
-    if shape == "square":
-        return [(x - .9 * r, y - .9 * r), (x + .9 * r, y - .9 * r), (x + .9 * r, y + .9 * r), (x - .9 * r, y + .9 * r)]
-    if shape == "triangle":
-        return [(x, y - r), (x + r, y + .85 * r), (x - r, y + .85 * r)]
-    if shape == "star":
-        spikes = [(1.08 * r if i % 2 == 0 else .45 * r, math.pi * i / 5) for i in range(10)]
-        return [(x + a * math.sin(t), y + .05 * r - a * math.cos(t)) for a, t in spikes]
-    if shape == "cross":
-        a = .36 * r
-        return [(x + u, y + v) for u, v in ((-a, -r), (a, -r), (a, -a), (r, -a), (r, a), (a, a), (a, r), (-a, r), (-a, a), (-r, a), (-r, -a), (-a, -a))]
-    return [(x + r * math.cos(t), y + r * math.sin(t)) for t in np.linspace(0, 2 * math.pi, 48, endpoint=False)]
-
-
-def shade(color, rng, between=False):
-    """An rgb within 4 degrees of the color's hue; between=True: of any hue that is nearer to this color's than to another's."""
-    before, after = (min((s * (HUES[c] - HUES[color])) % 360 for c in COLORS if c != color) / 2 - 1 for s in (-1, 1))
-    hue = (HUES[color] + (rng.uniform(-before, after) if between else rng.uniform(-4, 4))) / 360 % 1
-    return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue, rng.uniform(.85, 1), rng.uniform(.75, 1)))
-
-
-def place(kind, n, rng):
-    """n centers and diameters. One thing: a box on the lattice, 2 pixels larger on each side. Two: side by side or one above the other. More: in quarters."""
-    if n == 1:
-        box = (size := rng.choice(DIAMETERS[kind])) + 4
-        return [tuple(rng.randrange(0, SIZE - box + 1, LATTICE) + box / 2 for _ in "xy") + (size,)]
-    quarter, half = SIZE / 4, SIZE / 2
-    if n == 2:
-        spots = rng.choice((((quarter, half), (3 * quarter, half)), ((half, quarter), (half, 3 * quarter))))
-    else:
-        spots = [(x, y) for y in (quarter, 3 * quarter) for x in (quarter, 3 * quarter)]
-    return [spot + (rng.choice(DIAMETERS[kind]),) for spot in rng.sample(spots, n)]
-
-
-def scene(seed, index, *, held_out=False, kind=None, between=False):
-    """Scene number `index` of the set `seed` (any string or int). held_out=True puts a held-out combination into it."""
+def scene(seed, index, *, held_out=False, kind=None, between=False) -> Scene:
+    """Scene `index` of the set `seed`. held_out: with a combination of HELD_OUT. between: in any hue."""
     rng = random.Random(f"{seed}/{index}/{held_out}")
     kind = kind or rng.choices(("single", "pair", "count"), (35, 40, 25))[0]
-    first = rng.choice(sorted(HELD_OUT) if held_out else SEEN)
+    unseen = tuple(sorted(HELD_OUT)) if held_out else ()
+    first = rng.choice(unseen or SEEN)
+    combinations = [first]
     if kind == "pair":
-        combinations = SEEN + (tuple(sorted(HELD_OUT)) if held_out else ())
-        kinds = [first, rng.choice([c for c in combinations if c[0] != first[0] and c[1] != first[1]])]
-        rng.shuffle(kinds)
-    else:
-        kinds = [first] * (1 if kind == "single" else rng.choice((2, 3, 4)))
-    color_of = {c: shade(c, rng, between) for c, _ in kinds}
-    things = tuple(Thing(c, s, *spot, color_of[c]) for (c, s), spot in zip(kinds, place(kind, len(kinds), rng)))
-    grey, tint = rng.uniform(195, 245), [rng.uniform(-6, 6) for _ in range(3)]
+        others = [c for c in SEEN + unseen if c[0] != first[0] and c[1] != first[1]]
+        combinations.append(rng.choice(others))
+        rng.shuffle(combinations)
+    if kind == "count":
+        combinations *= rng.choice((2, 3, 4))
+    shades = {color: shade(color, rng, between) for color, _ in combinations}
+    spots = place(kind, len(combinations), rng)
+    things = tuple(Thing(*c, *spot, shades[c[0]]) for c, spot in zip(combinations, spots, strict=True))
+    grey = rng.uniform(195, 245)
+    tints = [rng.uniform(-6, 6) for _ in "rgb"]
     slope = rng.uniform(-15, 15)
-    background = tuple(tuple(round(min(255, max(0, grey + t + d))) for t in tint) for d in (-slope, slope))
-    return Scene(kind, things, background)
+    top = tuple(min(255, round(grey + tint - slope)) for tint in tints)
+    bottom = tuple(min(255, round(grey + tint + slope)) for tint in tints)
+    return Scene(kind, things, (top, bottom))
 
 
-def training_scene(seed, index):
-    """Scene number `index` of a training set: seen combinations, and BETWEEN of them in any hue, as long as the nearest color makes a seen one."""
+def training_scene(seed, index) -> Scene:
+    """Scene number `index` of a training set: seen combinations, BETWEEN of the scenes in any hue."""
     return scene(seed, index, between=random.Random(f"{seed}/{index}/named").random() < BETWEEN)
 
 
-def render(scene, supersample=4):
-    """The scene as a PIL image, SIZE × SIZE, RGB, antialiased."""
+def shade(color, rng, between=False) -> tuple:
+    """An rgb within 4° of the color's hue; between: of any hue nearer to this color than to others, by 2°."""
+    hue = HUES[color]
+    low, high = -4, 4
+    if between:
+        others = [other for other in HUES.values() if other != hue]
+        low = 1 - min((hue - other) % 360 for other in others) / 2
+        high = min((other - hue) % 360 for other in others) / 2 - 1
+    hue = (hue + rng.uniform(low, high)) / 360 % 1
+    rgb = colorsys.hsv_to_rgb(hue, rng.uniform(.85, 1), rng.uniform(.75, 1))
+    return tuple(round(255 * v) for v in rgb)
+
+
+def place(kind, n, rng) -> list:
+    """[(x, y, diameter), …] of n things: one on the lattice, two in halves, three and four in quarters."""
+    if n == 1:
+        size = rng.choice(DIAMETERS[kind])
+        box = size + 4                                          # a margin of 2 pixels on each side
+        x, y = (rng.randrange(0, SIZE - box + 1, LATTICE) + box / 2 for _ in "xy")
+        return [(x, y, size)]
+    low, middle, high = SIZE / 4, SIZE / 2, 3 * SIZE / 4
+    if n == 2:
+        centers = rng.choice((((low, middle), (high, middle)), ((middle, low), (middle, high))))
+    else:
+        centers = [(x, y) for y in (low, high) for x in (low, high)]
+    return [(x, y, rng.choice(DIAMETERS[kind])) for x, y in rng.sample(centers, n)]
+
+
+def outline(shape, x, y, size) -> list:
+    """The polygon of a shape that fills a size × size box around (x, y), as a list of points."""
+    return [(x + size / 2 * u, y + size / 2 * v) for u, v in OUTLINES[shape]]
+
+
+def render(scene, supersample=4) -> Image.Image:
+    """The scene as an RGB image of SIZE × SIZE pixels, antialiased."""
     k = supersample
-    ramp = np.linspace(0, 1, SIZE * k)[:, None, None]
     top, bottom = np.array(scene.background, dtype=np.float64)
-    pixels = np.broadcast_to(top + (bottom - top) * ramp, (SIZE * k, SIZE * k, 3)).round().astype(np.uint8)
-    image = Image.fromarray(pixels)
-    draw = ImageDraw.Draw(image)
-    for t in scene.things:
-        draw.polygon([(k * x, k * y) for x, y in outline(t.shape, t.x, t.y, t.size)], fill=t.rgb)
+    ramp = np.linspace(0, 1, SIZE * k)[:, None, None]
+    pixels = np.broadcast_to(top + (bottom - top) * ramp, (SIZE * k, SIZE * k, 3))
+    image = Image.fromarray(pixels.round().astype(np.uint8))
+    for thing in scene.things:
+        corners = outline(thing.shape, thing.x, thing.y, thing.size)
+        ImageDraw.Draw(image).polygon([(k * x, k * y) for x, y in corners], fill=thing.rgb)
     return image.reduce(k)
 
 
-# ---- words -----------------------------------------------------------------------------------------------------------
+def contact_sheet(pictures, columns=8, scale=2) -> Image.Image:
+    """Pictures [(image, caption, whether it is right), …] over their captions; wrong ones in a red frame."""
+    side = SIZE * scale
+    width, height = side + 12, side + 52
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, text, right) in enumerate(pictures):
+        x, y = i % columns * width + 6, i // columns * height + 6
+        if not right:
+            draw.rectangle((x - 4, y - 4, x + side + 3, y + side + 3), fill="red")
+        sheet.paste(image.resize((side, side), Image.NEAREST), (x, y))
+        draw.text((x, y + side + 5), textwrap.fill(text, 22), fill="black")
+    return sheet
 
-def plural(shape):
+
+# ---- words -------------------------------------------------------------------------------------------------
+
+def color_words(thing) -> str:
+    """The words for the thing's hue: "blue", NAMED_WITHIN degrees from it "green blue" or "purple blue"."""
+    hue = 360 * colorsys.rgb_to_hsv(*thing.rgb)[0]
+    offsets = {color: (hue - named + 180) % 360 - 180 for color, named in HUES.items()}
+    own = offsets[thing.color]
+    if abs(own) < NAMED_WITHIN:
+        return thing.color
+    across = [color for color in COLORS if offsets[color] * own < 0]
+    return min(across, key=lambda color: abs(offsets[color])) + " " + thing.color
+
+
+def has_named_colors(scene) -> bool:
+    return all(color_words(thing) == thing.color for thing in scene.things)
+
+
+def plural(shape) -> str:
     return "crosses" if shape == "cross" else shape + "s"
 
 
-def relation(a, b):
-    """Where a is, seen from b: "left", "right", "above" or "below", by the axis on which they are further apart."""
+def phrase(thing, n=1, colored=True) -> str:
+    """Like "a blue star", "a star" or "three green blue stars"."""
+    words = [color_words(thing)] if colored else []
+    words.append(thing.shape if n == 1 else plural(thing.shape))
+    return " ".join(["a" if n == 1 else NUMBERS[n], *words])
+
+
+def relation(a, b) -> str:
+    """The place of a seen from b, "left", "right", "above" or "below", by the axis of the larger distance."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) > abs(dy):
         return "left" if dx < 0 else "right"
     return "above" if dy < 0 else "below"
 
 
-def color(thing):
-    """The words for its hue: "blue", or from PURE degrees away "green blue", a blue that leans to green."""
-    hue = 360 * colorsys.rgb_to_hsv(*thing.rgb)[0]
-    away = {c: (hue - h + 180) % 360 - 180 for c, h in HUES.items()}
-    if abs(own := away.pop(thing.color)) < PURE:
-        return thing.color
-    return min((c for c in away if away[c] * own < 0), key=lambda c: abs(away[c])) + " " + thing.color
+def reading_order(scene) -> tuple:
+    """The things of a scene, a pair's from left to right or from top to bottom."""
+    in_order = scene.kind != "pair" or relation(*scene.things) in ("left", "above")
+    return scene.things if in_order else scene.things[::-1]
 
 
-def pure(scene):
-    return all(color(t) == t.color for t in scene.things)
+def describe(scene) -> str:
+    """The one full description of a scene, which is also the answer to "Describe the image."."""
+    if scene.kind != "pair":
+        return phrase(scene.things[0], len(scene.things))
+    a, b = reading_order(scene)
+    return f"{phrase(a)} {PHRASES[relation(a, b)]} {phrase(b)}"
 
 
-def name(thing, colored=True):
-    return f"{color(thing)} {thing.shape}" if colored else thing.shape
+def label(scene) -> int:
+    """A class in [0, LABELS), for pretraining by class: how many things, and the first one's combination."""
+    first = reading_order(scene)[0]
+    group = 4 if scene.kind == "pair" else len(scene.things) - 1
+    return (group * len(COLORS) + COLORS.index(first.color)) * len(SHAPES) + SHAPES.index(first.shape)
 
 
-def reading_order(scene):
-    a, b = scene.things
-    return (a, b) if relation(a, b) in ("left", "above") else (b, a)
+def caption(scene, rng, *, style=None) -> str:
+    """A caption that is true of the scene. style: "plain" (no color), "color", "position", "color position".
 
-
-def describe(scene):
-    """The one full description of a scene, which also is the answer to "Describe the image."."""
-    if scene.kind == "pair":
-        a, b = reading_order(scene)
-        return f"a {name(a)} {PHRASES[relation(a, b)]} a {name(b)}"
-    return group(scene)
-
-
-def group(scene, colored=True):
-    """What a scene of one thing or several alike shows."""
-    n, first = len(scene.things), scene.things[0]
-    return f"a {name(first, colored)}" if n == 1 else f"{NUMBERS[n]} {color(first) + ' ' if colored else ''}{plural(first.shape)}"
-
-
-LABELS = len(COLORS) * len(SHAPES) * 5
-
-
-def label(scene):
-    """A class in [0, LABELS), for pretraining by class: the combination and number of things; of a pair the first in reading order."""
-    n, thing = (5, reading_order(scene)[0]) if scene.kind == "pair" else (len(scene.things), scene.things[0])
-    return ((n - 1) * len(COLORS) + COLORS.index(thing.color)) * len(SHAPES) + SHAPES.index(thing.shape)
-
-
-def caption(scene, rng, *, style=None):
-    """A caption that is true of the scene. style: None for any, or "plain" (no color) / "color" / "position" / "color position".
-
-    Without a style, hues between the colors are always told: who asks for none gets one of the six.
+    None: a random style, and captions without a color word only for the named colors.
     """
-    colored = style is None and not pure(scene)
-    style = style or rng.choice(("plain", "color", "color", "color", "position", "color position", "color position"))
+    colored = style is None and not has_named_colors(scene)
+    style = style or rng.choice(STYLES)
     colored = colored or "color" in style
     if scene.kind == "pair":
         a, b = rng.sample(scene.things, 2)
-        r = relation(a, b)
+        first, second = phrase(a, colored=colored), phrase(b, colored=colored)
+        text = f"{first} and {second}"
         if "position" in style:
-            form = rng.choice(("{a} {of} {b}", "{a} {of} {b}", "{a} {at} and {b} {other}"))
-        else:
-            form = "{a} and {b}"
-        text = form.format(a=f"a {name(a, colored)}", b=f"a {name(b, colored)}", of=PHRASES[r], at=SIDES[r], other=SIDES[INVERSE[r]])
+            with_phrase = f"{first} {PHRASES[relation(a, b)]} {second}"
+            with_sides = f"{first} {SIDES[relation(a, b)]} and {second} {SIDES[relation(b, a)]}"
+            text = rng.choice((with_phrase, with_phrase, with_sides))
     else:
-        text = group(scene, colored)
+        text = phrase(scene.things[0], len(scene.things), colored)
         if scene.kind == "single":
             text = rng.choice(("a", "a", "one")) + text.removeprefix("a")
-    return rng.choice(("{}", "{}", "{}", "a picture of {}", "an image of {}", "a drawing of {}", f"there {'are' if scene.kind == 'count' else 'is'} {{}}")).format(text)
+    there = "there are " if scene.kind == "count" else "there is "
+    return rng.choice(("", "", "", "a picture of ", "an image of ", "a drawing of ", there)) + text
 
 
-def questions(scene, rng):
-    """All (type, question, answer) of a scene. Types: shape, count, where; and color, exists and describe where all colors are pure.
+def questions(scene, rng) -> list:
+    """All [(type, question, answer), …]: shape, count, where; for named colors also color, exists, describe.
 
-    Where they are not, these leave too much to taste, and one who has learned to answer "green blue" takes what it never saw for something in between.
+    Half the color and shape questions refer to objects by position; otherwise the model ignores the picture
+    and recalls the training colors of the shape. Answers never hold two color words, because a model trained
+    on such answers gives them for HELD_OUT too.
     """
-    qa = [("describe", "Describe the image.", describe(scene))]
-    n, first = len(scene.things), scene.things[0]
-    many = "s" if scene.kind == "count" else ""
-    for t in scene.things if scene.kind == "pair" else scene.things[:1]:
-        other = scene.things[scene.things[0] is t] if scene.kind == "pair" else None
-        place = f" {SIDES[relation(t, other)]}" if other else ""
-        is_the = "are the" if many else "is the"                     # by name, or by place: who answers by name alone learns which colors a shape has
-        qa.append(("color", f"What color {is_the} {rng.choice((plural(t.shape) if many else t.shape, f'object{many}{place}'))}?", color(t)))
-        qa.append(("shape", f"What shape {is_the} {rng.choice((f'{color(t)} object{many}', f'object{many}{place}'))}?", t.shape))
-    if scene.kind == "pair":
-        for a, b in (scene.things, scene.things[::-1]):
-            qa.append(("where", f"Where is the {a.shape}?", f"{PHRASES[relation(a, b)]} the {b.shape}"))
-        qa.append(("count", "How many objects are there?", "two"))
-    else:
-        qa.append(("count", f"How many {rng.choice((plural(first.shape), 'objects'))} are there?", NUMBERS[n]))
-    real = {(t.color, t.shape) for t in scene.things}
-    yes = rng.choice(sorted(real))
-    no = rng.choice([c for c in SEEN if c not in real and (c[0] == yes[0] or c[1] == yes[1])])
-    for (c, s), answer in ((yes, "yes"), (no, "no")):
-        qa.append(("exists", f"Is there a {c} {s}?", answer))
-    return qa if pure(scene) else [q for q in qa if q[0] in ("shape", "count", "where")]
+    things = scene.things
+    pair, alike = scene.kind == "pair", scene.kind == "count"
+    are, an_object = ("are", "objects") if alike else ("is", "object")
+    asked = [("describe", "Describe the image.", describe(scene))]
+    for i, thing in enumerate(things if pair else things[:1]):
+        color = color_words(thing)
+        by_place = f"{an_object} {SIDES[relation(thing, things[1 - i])]}" if pair else an_object
+        by_shape = plural(thing.shape) if alike else thing.shape
+        asked.append(("color", f"What color {are} the {rng.choice((by_shape, by_place))}?", color))
+        by_color = f"{color} {an_object}"
+        asked.append(("shape", f"What shape {are} the {rng.choice((by_color, by_place))}?", thing.shape))
+    if pair:
+        for a, b in (things, things[::-1]):
+            asked.append(("where", f"Where is the {a.shape}?", f"{PHRASES[relation(a, b)]} the {b.shape}"))
+    objects = "objects" if pair else rng.choice((plural(things[0].shape), "objects"))
+    asked.append(("count", f"How many {objects} are there?", NUMBERS[len(things)]))
+    shown = {(thing.color, thing.shape) for thing in things}
+    yes = rng.choice(sorted(shown))
+    no = rng.choice([c for c in SEEN if c not in shown and (c[0] == yes[0] or c[1] == yes[1])])
+    asked.append(("exists", f"Is there a {' '.join(yes)}?", "yes"))
+    asked.append(("exists", f"Is there a {' '.join(no)}?", "no"))
+    if has_named_colors(scene):
+        return asked
+    return [question for question in asked if question[0] in ("shape", "count", "where")]
 
 
-FACTS = (
-    ("How many sides does a triangle have?", "three"),
-    ("How many sides does a square have?", "four"),
-    ("How many points does a star have?", "five"),
-    ("Which shape is round?", "circle"),
-    ("Which shape has three sides?", "triangle"),
-    ("Which shape has four equal sides?", "square"),
-    ("Which shape has five points?", "star"),
-    ("What comes after one?", "two"),
-    ("What comes after two?", "three"),
-    ("What comes after three?", "four"),
-    ("What is the opposite of left?", "right"),
-    ("What is the opposite of right?", "left"),
-    ("What is the opposite of above?", "below"),
-    ("What is the opposite of below?", "above"),
-    ("Which color do blue and yellow make?", "green"),
-    ("Which color do red and blue make?", "purple"),
-    ("Which color is the sky?", "blue"),
-    ("Which color is grass?", "green"),
-    ("Which color is a lemon?", "yellow"),
-    ("Which color is a tomato?", "red"),
-    ("Which shapes can you draw?", "circles, squares, triangles, stars and crosses"),
-    ("Which colors do you know?", "red, yellow, green, cyan, blue and purple"),
-    ("What are you?", "I am a tiny model of a world of shapes."),
-    ("Hello!", "Hello! Ask me about shapes."),
-)
-
-
-def reading_turns(scene, rng):
-    """Text alone: facts, or questions about a scene that a sentence stands in for. [(question, answer), …]"""
+def reading_turns(scene, rng) -> list:
+    """[(question, answer), …] without a picture: a fact, or questions about a scene told in a sentence."""
     if rng.random() < 0.1:
         return [rng.choice(FACTS)]
     asked = questions(scene, rng)
-    turns = [(q, a) for kind, q, a in rng.sample(asked, min(len(asked), 3)) if kind != "describe"]
-    told = describe(scene) if scene.kind != "pair" or rng.random() < 0.5 else caption(scene, rng, style="color position")
-    return [(f"{told}\n{turns[0][0]}", turns[0][1])] + turns[1:]
+    chosen = rng.sample(asked, min(len(asked), 3))
+    turns = [(question, answer) for kind, question, answer in chosen if kind != "describe"]
+    told = describe(scene)
+    if scene.kind == "pair" and rng.random() >= 0.5:
+        told = caption(scene, rng, style="color position")
+    question, answer = turns[0]
+    return [(f"{told}\n{question}", answer)] + turns[1:]
 
 
-def looking_turns(scene, rng):
-    """Three to five questions about a picture; a fact now and then, so that not every answer is sought in the picture."""
+def looking_turns(scene, rng) -> list:
+    """[(question, answer), …] about a picture: three to five, and seldom a fact, which no picture shows."""
     asked = questions(scene, rng)
-    turns = [(q, a) for _, q, a in rng.sample(asked, min(len(asked), rng.choice((3, 4, 5))))]
+    count = min(len(asked), rng.choice((3, 4, 5)))
+    turns = [(question, answer) for _, question, answer in rng.sample(asked, count)]
     return turns + ([rng.choice(FACTS)] if rng.random() < 0.05 else [])
 
 
-if __name__ == "__main__":
-    from pathlib import Path
-
-    sheet = Image.new("RGB", (8 * 200, 4 * 240), "white")
-    for i in range(32):
-        s = training_scene("sheet", i)
-        sheet.paste(render(s).resize((192, 192), Image.NEAREST), (i % 8 * 200, i // 8 * 240))
-        ImageDraw.Draw(sheet).text((i % 8 * 200, i // 8 * 240 + 200), caption(s, random.Random(i)).replace(" a ", "\na ", 1), fill="black")
-    Path("out").mkdir(exist_ok=True)
-    sheet.save("out/shapes.png")
-    print("out/shapes.png")
+FACTS = (
+    ("How many sides does a triangle have?", "three"), ("How many sides does a square have?", "four"),
+    ("How many points does a star have?", "five"), ("Which shape is round?", "circle"),
+    ("Which shape has three sides?", "triangle"), ("Which shape has four equal sides?", "square"),
+    ("Which shape has five points?", "star"), ("What comes after one?", "two"),
+    ("What comes after two?", "three"), ("What comes after three?", "four"),
+    ("What is the opposite of left?", "right"), ("What is the opposite of right?", "left"),
+    ("What is the opposite of above?", "below"), ("What is the opposite of below?", "above"),
+    ("Which color do blue and yellow make?", "green"), ("Which color do red and blue make?", "purple"),
+    ("Which color is the sky?", "blue"), ("Which color is grass?", "green"),
+    ("Which color is a lemon?", "yellow"), ("Which color is a tomato?", "red"),
+    ("Which shapes can you draw?", "circles, squares, triangles, stars and crosses"),
+    ("Which colors do you know?", "red, yellow, green, cyan, blue and purple"),
+    ("What are you?", "I am a tiny model of a world of shapes."), ("Hello!", "Hello! Ask me about shapes."),
+)

@@ -1,0 +1,118 @@
+"""Plant mistakes one by one in a copy of the project and name the tests that catch each: `make mutants`.
+
+    python tests/mutants.py              # all; exit status 1 if a mistake survives
+    python tests/mutants.py ema clip     # those whose name contains one of the words
+
+A mistake is a replacement in one file. The tests that should catch it run in the copy; at least one has to
+fail. The same tests pass without the mistake, which `make test` shows.
+"""
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", "out", "runs", ".pytest_cache",
+                                  "*.egg-info")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    right: str            # stands in the file exactly once
+    wrong: str
+    tests: str            # arguments of pytest
+
+
+MUTANTS = (
+    Mutant("VAE: downsampling pads left and top", "vae.py",
+           "F.pad(x, (0, 1, 0, 1))", "F.pad(x, (1, 0, 1, 0))", "tests/test_golden.py"),
+    Mutant("MAR: tanh GELU", "mar.py",
+           "F.gelu(self.fc1(x))", 'F.gelu(self.fc1(x), approximate="tanh")', "tests/test_golden.py"),
+    Mutant("MAR: position embeddings resized with aligned corners", "mar.py",
+           "align_corners=False", "align_corners=True", "tests/test_golden.py tests/test_mar.py"),
+    Mutant("MAR: the schedule rounds up", "mar.py",
+           "math.floor(num_tokens", "math.ceil(num_tokens", "tests/test_golden.py tests/test_mar.py"),
+    Mutant("MAR: linear guidance reaches w", "mar.py",
+           "max(1, num_masked)) / num_tokens", "num_masked) / num_tokens",
+           "tests/test_golden.py tests/test_mar.py"),
+    Mutant("LLM: rotation in the other direction", "llm.py",
+           "torch.cat([-b, a], dim=-1)", "torch.cat([b, -a], dim=-1)", "tests/test_llm.py"),
+    Mutant("LLM: padding counts in positions", "llm.py",
+           "(attention_mask.cumsum(1) - 1)", "(torch.ones_like(attention_mask).cumsum(1) - 1)",
+           "tests/test_llm.py"),
+    Mutant("LLM: key heads tiled", "llm.py",
+           "k = k.repeat_interleave(self.groups, dim=1)", "k = k.repeat(1, self.groups, 1, 1)",
+           "tests/test_llm.py"),
+    Mutant("Harmon: image features stay in the cache", "harmon.py",
+           "        cache.truncate(L)\n", "", "tests/test_harmon.py tests/test_golden.py"),
+    Mutant("Harmon: buffers stay behind the image", "harmon.py",
+           "torch.cat([residual[:, -n:], residual[:, :-n]], dim=1)", "residual",
+           "tests/test_harmon.py tests/test_golden.py"),
+    Mutant("Harmon: the whole gradient into the image", "harmon.py",
+           "self.grad_scale * (z_enc - z_enc.detach())", "(z_enc - z_enc.detach())", "tests/test_harmon.py"),
+    Mutant("head: the bound trains ε too", "diffusion_head.py",
+           "eps.detach()", "eps", "tests/test_diffusion_head.py"),
+    Mutant("head: variance of the unconditional rows", "diffusion_head.py",
+           "v = v[:M]", "v = v[M:]", "tests/test_diffusion_head.py tests/test_golden.py"),
+    Mutant("head: noise at the last step", "diffusion_head.py",
+           "if i > 0: ", "if True: ", "tests/test_diffusion_head.py tests/test_golden.py"),
+    Mutant("fast: the modulations of the wrong step", "harmonkit/fast.py",
+           "range(max(0, i + 1 - steps_at_once), i + 1)", "range(max(1, i + 1 - steps_at_once), i + 1)",
+           "tests/test_fast.py"),
+    Mutant("inpainting: a token is redrawn if all of its pixels are", "harmonkit/pipeline.py",
+           "F.max_pool2d(redraw.float(), model.config.vae.stride).bool()",
+           "(F.avg_pool2d(redraw.float(), model.config.vae.stride) == 1)", "tests/test_pipeline.py"),
+    Mutant("training: autocast off", "train.py",
+           "enabled=recipe.bf16", "enabled=False", "tests/test_train.py"),
+    Mutant("training: EMA decay inverted", "harmonkit/training/runs.py",
+           "1 - decay", "decay", "tests/test_train.py tests/test_runs.py"),
+    Mutant("training: no clipping", "train.py",
+           "recipe.clip)", 'float("inf"))', "tests/test_train.py"),
+    Mutant("training: loss not divided by the number of micro-batches", "train.py",
+           "(loss / micro_steps)", "loss", "tests/test_train.py"),
+)
+
+
+def failing_tests(folder, tests):
+    """Names of the tests that fail in a copy of the project. Raises RuntimeError if pytest cannot run."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *tests.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if run.returncode not in (0, 1):
+        raise RuntimeError(f"pytest {tests}: status {run.returncode}\n{run.stdout[-2000:]}{run.stderr}")
+    return re.findall(r"^(?:FAILED|ERROR) tests/(\S+)", run.stdout, re.MULTILINE)
+
+
+def main():
+    words = sys.argv[1:]
+    chosen = [m for m in MUTANTS if not words or any(word.lower() in m.name.lower() for word in words)]
+    survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "project"
+        shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
+        for mutant in chosen:
+            file = copy / mutant.file
+            text = file.read_text()
+            if text.count(mutant.right) != 1:
+                raise SystemExit(f"{mutant.file}: {text.count(mutant.right)} times, not once: {mutant.right}")
+            file.write_text(text.replace(mutant.right, mutant.wrong))
+            began = time.time()
+            caught_by = failing_tests(copy, mutant.tests)
+            file.write_text(text)
+            survived += not caught_by
+            more = f" and {len(caught_by) - 3} more" if len(caught_by) > 3 else ""
+            verdict = f"caught by {', '.join(caught_by[:3])}{more}" if caught_by else "SURVIVED"
+            print(f"{mutant.name:58} {time.time() - began:4.0f} s  {verdict}", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} caught")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
