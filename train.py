@@ -1,7 +1,7 @@
 """Training: one loop and a table of recipes, on a laptop and on many GPUs.
 
     python train.py tiny                             # harmon-tiny from nothing, on a CPU: its stages in order
-    python train.py stage3 --dry-run                 # print what would be trained, and the memory it takes
+    python train.py stage3 --dry-run                 # print the rates, the batch and the memory it takes
     torchrun --nproc_per_node=8 train.py finetune --init wusize/Harmon-1_5B --mixture mixture.json
     torchrun --nproc_per_node=8 --nnodes=4 train.py stage1 --config harmon-1.5b --init-llm Qwen2.5-1.5B \\
         --init-mar mar_huge.pth --vae kl16.ckpt --mixture mixture.json
@@ -40,8 +40,7 @@ def train(name, recipe, args, stop_at=None):
     last_step = stop_at or recipe.steps
     if run.step >= last_step:
         if rank == 0:
-            finished = f"{run.folder}: finished, {run.step} steps; give another --runs to train anew"
-            print(finished, file=sys.stderr)
+            print(f"{run.folder}: finished, {run.step} steps; another --runs trains anew", file=sys.stderr)
         return runs.checkpoints_of(run.folder)[-1]
     model, optimizer, ema = run.start()
 
@@ -142,7 +141,7 @@ def arguments(argv=None):
     flag("--device", help="default: cuda if there is one; under torchrun each process has its own")
     flag("--workers", type=int, help="data readers of each process (default: 8 on a GPU, else 0)")
     flag("--export", type=Path, help="at the end, write the EMA weights to this model folder, as float16")
-    flag("--dry-run", action="store_true", help="print what would be trained, and the memory it takes")
+    flag("--dry-run", action="store_true", help="print the rates, the batch and the memory it takes")
     flag("--plot", action="store_true", help="draw the losses so far to runs/<recipe>/loss.png")
     add_flags(parser)
     args = parser.parse_args(argv)

@@ -85,7 +85,7 @@ class HarmonConfig:
             if "ch_mult" in vae:
                 vae["ch_mult"] = tuple(vae["ch_mult"])
             return cls(llm, mar, VAEConfig(**vae), content.get("vae_scale", cls.vae_scale))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{source}: not a Harmon configuration ({reason})") from None
 

@@ -2,6 +2,8 @@
 
 Generation crops a square; understanding pads to one, so that nothing is cut off (supplement of the paper).
 """
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
@@ -23,7 +25,8 @@ def open_image(file) -> Image.Image:
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such file") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:   # SyntaxError: a broken PNG
-        raise ValueError(f"{getattr(file, 'name', file)}: not an image that can be read ({error})") from None
+        name = file if isinstance(file, (str, Path)) else getattr(file, "name", "data")
+        raise ValueError(f"{name}: not an image that can be read ({type(error).__name__})") from None
 
 
 def image_to_pixels(image, size) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
     python notebooks/run.py [--write] [1_vae 4_llm …]
 
-A key number is a line `key: name = value` of the output (show.key). It may differ by 2%, or by the ± of its line,
+A key number is a printed line `key: name = value` (show.key). It may differ by 2%, or by the ± of its line,
 because machines round differently. The solutions of the exercises run after the last cell, unseen.
 """
 import argparse
@@ -29,6 +29,10 @@ def outputs(notebook):
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
+def sources(notebook, cell_type):
+    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == cell_type)
+
+
 def key_numbers(notebook):
     """{name: (value, relative tolerance)} of a notebook's outputs."""
     printed = "\n".join(output.text for output in outputs(notebook) if output.get("name") == "stdout")
@@ -41,51 +45,39 @@ def differences(committed, fresh):
     for name in committed.keys() & fresh.keys():
         (was, _), (now, tolerance) = committed[name], fresh[name]
         if not abs(now - was) <= tolerance * max(abs(was), abs(now)):
-            wrong.append(f"key number {name!r} is {now:g}; committed is {was:g}, and {tolerance:.0%} is allowed")
+            wrong.append(f"key number {name!r} is {now:g}; committed is {was:g}, {tolerance:.0%} is allowed")
     return sorted(wrong)
 
 
-def fingerprint(notebook):
-    """A hash of the code cells, which is kept beside their outputs."""
-    code = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    return hashlib.sha256(code.encode()).hexdigest()[:16]
-
-
-def execute(notebook):
-    """Run the cells, then the solutions, in a fresh kernel of this Python. Raises what nbclient raises."""
-    cells = list(notebook.cells)
-    texts = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    notebook.cells += [nbformat.v4.new_code_cell(solution) for solution in SOLUTION.findall(texts)]
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True,
-                            extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(FOLDER)}})
-    client.execute()
-    notebook.cells = cells
-
-
-def compact(notebook):
-    """Reduce the pictures in the outputs to 256 colors, a quarter of the bytes."""
-    for output in outputs(notebook):
-        if "image/png" in output.get("data", {}):
-            image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
-            image = image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=4, dither=Image.Dither.NONE)
-            image.save(file := io.BytesIO(), "PNG", optimize=True)
-            output.data["image/png"] = base64.b64encode(file.getvalue()).decode()
+def compact(output):
+    """Reduce the picture of an output, if it has one, to 256 colors: a quarter of the bytes."""
+    if "image/png" in output.get("data", {}):
+        image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
+        file = io.BytesIO()
+        image.quantize(256, Image.Quantize.MAXCOVERAGE).save(file, "PNG", optimize=True)
+        output.data["image/png"] = base64.b64encode(file.getvalue()).decode()
 
 
 def run(path, write):
-    """Execute one notebook; returns what went wrong, as sentences."""
+    """Execute one notebook in a fresh kernel of this Python; returns what went wrong, as sentences."""
     notebook = nbformat.read(path, as_version=4)
-    committed, made_by = key_numbers(notebook), notebook.metadata.get("outputs_of")
+    committed, committed_code = key_numbers(notebook), notebook.metadata.get("outputs_of")
+    code = hashlib.sha256(sources(notebook, "code").encode()).hexdigest()[:16]
+    cells = list(notebook.cells)
+    notebook.cells += map(nbformat.v4.new_code_cell, SOLUTION.findall(sources(notebook, "markdown")))
     try:
-        execute(notebook)
+        NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False,
+                       coalesce_streams=True, resources={"metadata": {"path": str(FOLDER)}}).execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         return [re.sub(r"\x1b\[[0-9;]*m", "", str(error))]                      # without color codes
+    notebook.cells = cells
     if not write:
-        wrong = differences(committed, key_numbers(notebook))
-        return wrong if made_by == fingerprint(notebook) else ["the committed outputs are of other cells", *wrong]
-    compact(notebook)
+        stale = ["the committed outputs are of other cells"] * (code != committed_code)
+        return stale + differences(committed, key_numbers(notebook))
+    for output in outputs(notebook):
+        compact(output)
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata = dict(kernelspec=kernel, language_info={"name": "python"}, outputs_of=fingerprint(notebook))
+    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}, "outputs_of": code}
     nbformat.write(notebook, path)
     return []
 
@@ -95,7 +87,7 @@ def main():
     parser.add_argument("names", nargs="*", help="notebooks, with or without .ipynb; default: all")
     parser.add_argument("--write", action="store_true", help="keep the outputs")
     args = parser.parse_args()
-    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"      # pictures go into the notebook
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"      # pictures into the notebook
     failed = False
     for name in args.names or sorted(path.name for path in FOLDER.glob("*.ipynb")):
         path = FOLDER / f"{Path(name).stem}.ipynb"

@@ -15,13 +15,9 @@ from matplotlib.colors import Normalize
 
 ROOT = Path(__file__).resolve().parent.parent
 BOX = re.compile(r'(<rect class="box[^>]*?)/>((?:\s*<text class="name"[^>]*>[^<]*</text>)+)')
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#444444")    # Okabe and Ito
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#444444")     # Okabe and Ito
 STYLES, MARKERS = ("-", "--", "-.", ":"), "os^DvPX"
 WIDTH = 9                                                                   # of a figure, inches
-plt.rcParams.update({
-    "figure.dpi": 90, "savefig.dpi": 90, "font.size": 9, "axes.titlesize": 9, "figure.constrained_layout.use": True,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
-    "axes.axisbelow": True, "legend.frameon": False})
 
 
 def path(*boxes):
@@ -32,7 +28,7 @@ def path(*boxes):
         names.append(" ".join(re.findall(r">([^<]+)</text>", box[2])))
         style = f'style="stroke: {COLORS[4]}; stroke-width: 6"' if names[-1] in boxes else ""
         return f"{box[1]} {style}/>{box[2]}"
-    svg = BOX.sub(mark, (ROOT / "docs" / "harmon.svg").read_text())
+    svg = BOX.sub(mark, (ROOT / "docs" / "harmon.svg").read_text(encoding="utf-8"))
     if not set(boxes) <= set(names):
         raise ValueError(f"boxes are {boxes}; the figure has {names}")
     display(SVG(svg.replace("<svg ", '<svg width="900" ', 1)))
@@ -40,9 +36,8 @@ def path(*boxes):
 
 def source(f):
     """Print the file, the line and the code of a function, method or class."""
-    f = inspect.unwrap(f)
-    lines, first = inspect.getsourcelines(f)
-    print(f"{Path(inspect.getsourcefile(f)).relative_to(ROOT)}:{first}")
+    lines, first = inspect.getsourcelines(inspect.unwrap(f))
+    print(f"{Path(inspect.getsourcefile(inspect.unwrap(f))).relative_to(ROOT)}:{first}")
     print(dedent("".join(lines)), end="")
 
 
@@ -53,9 +48,10 @@ def key(name, value, tolerance=0.02):
 
 def target(name, value, low, high=float("inf")):
     """Print an exercise's number beside the range that it should reach; returns whether it does."""
-    reached = low <= value <= high
-    print(f"{name}: {float(value):.4g}   target: {low:g} to {high:g}   {'reached' if reached else 'not yet'}")
-    return bool(reached)
+    reached = bool(low <= value <= high)
+    wanted = f"{low:g} or more" if high == float("inf") else f"{low:g} to {high:g}"
+    print(f"{name}: {float(value):.4g}   target: {wanted}   {'reached' if reached else 'not yet'}")
+    return reached
 
 
 def psnr(a, b):
@@ -64,7 +60,7 @@ def psnr(a, b):
 
 
 def covered(picture, mask, grid):
-    """A picture (3, H, W) with its hidden patches hatched in grey. mask (h·w,), True = hidden; grid (h, w)."""
+    """A picture (3, H, W) with its hidden patches hatched in grey. mask (h·w,) True = hidden, grid (h, w)."""
     H, W = picture.shape[-2:]
     hidden = mask.view(grid).repeat_interleave(H // grid[0], 0).repeat_interleave(W // grid[1], 1)
     stripes = 0.05 + 0.12 * ((torch.arange(H)[:, None] + torch.arange(W)) % 4 == 0)
@@ -78,13 +74,12 @@ def frame(ax, row, column, side=1, color=COLORS[4]):
 
 
 def grid(rows, *, titles=(), labels=(), size=1.5, cmap="viridis", limits=None, bar=None):
-    """Rows of pictures, maps and None -> the axes (rows, columns).
+    """Rows of pictures and maps -> the axes (rows, columns).
 
     titles: one a column, or a list for each row. labels: one a row. limits: the ends of the color map.
     bar: the label of a color bar; all maps then share one scale, else each has its own.
     """
-    columns = max(map(len, rows))
-    margin = 0.8 * bool(bar) + bool(labels)
+    columns, margin = max(map(len, rows)), 0.8 * bool(bar) + bool(labels)
     size = min(size, (WIDTH - margin) / columns)
     titles = [titles] if titles and isinstance(titles[0], str) else titles
     titles = [[fill(title, int(13 * size)) for title in row] for row in titles]
@@ -97,16 +92,12 @@ def grid(rows, *, titles=(), labels=(), size=1.5, cmap="viridis", limits=None, b
         limits = maps.min().item(), maps.max().item()
     scale = Normalize(*limits) if limits else None
     for r, row in enumerate(rows):
-        for ax, x in zip(axes[r], row):
+        for c, x in enumerate(row):
             if torch.is_tensor(x) and x.ndim == 3:
                 x = ((x + 1) / 2).clamp(0, 1).permute(1, 2, 0)
-            if x is not None:
-                ax.imshow(x, cmap=cmap, norm=scale)
-    for r, row in enumerate(titles):
-        for ax, title in zip(axes[r], row):
-            ax.set_title(title, pad=3)
-    for ax, label in zip(axes[:, 0], labels):
-        ax.set_ylabel(fill(label, 13), rotation=0, ha="right", va="center")
+            axes[r, c].imshow(x, cmap=cmap, norm=scale)
+            axes[r, c].set_title(titles[r][c] if r < len(titles) else "", pad=3)
+        axes[r, 0].set_ylabel(fill(labels[r], 13) if labels else "", rotation=0, ha="right", va="center")
     if bar:
         fig.colorbar(ScalarMappable(scale, cmap), ax=axes, label=bar, shrink=0.9, pad=0.01)
     return axes
@@ -115,30 +106,24 @@ def grid(rows, *, titles=(), labels=(), size=1.5, cmap="viridis", limits=None, b
 def charts(*charts, height=2.6):
     """Charts side by side -> their axes.
 
-    A chart is a dict. Its marks are {label: (x, y)} for lines, dots, bands with y = (low, high), and bars with names
-    as x; and {label: y} for levels. The rest is for `Axes.set`.
+    A chart is a dict: {label: (x, y)} for lines, dots, and bars with names as x; {label: y} for levels. The
+    rest is for `Axes.set`.
     """
     axes = plt.subplots(1, len(charts), squeeze=False, figsize=(WIDTH, height))[1][0]
-    for ax, chart in zip(axes, charts):
-        chart = dict(chart)
-        bars, lines, dots, bands, levels = (chart.pop(kind, {}) for kind in MARKS)
+    for ax, chart in zip(axes, map(dict, charts), strict=True):
+        bars = chart.pop("bars", {})
         for i, (label, (names, y)) in enumerate(bars.items()):
             places = torch.arange(len(y)) + 0.8 * ((i + 0.5) / len(bars) - 0.5)
             ax.bar(places, y, 0.72 / len(bars), color=COLORS[i], label=label)
             ax.set_xticks(range(len(y)), names)
-        for i, (label, (x, y)) in enumerate(lines.items()):
+        for i, (label, (x, y)) in enumerate(chart.pop("lines", {}).items()):
             marker = MARKERS[i] if len(y) < 20 else None
             ax.plot(x, y, STYLES[i % 4], color=COLORS[i], marker=marker, ms=4, label=label)
-        for i, (label, (x, y)) in enumerate(dots.items()):
-            ax.plot(x, y, MARKERS[i], color=COLORS[4 - i], ms=5, alpha=0.8, label=label)
-        for i, (label, (x, y)) in enumerate(bands.items()):
-            ax.fill_between(x, *y, color=COLORS[i], alpha=0.25, label=label)
-        for label, y in levels.items():
+        for i, (label, (x, y)) in enumerate(chart.pop("dots", {}).items()):
+            ax.plot(x, y, MARKERS[i], color=COLORS[i], ms=5, alpha=0.8, label=label)
+        for label, y in chart.pop("levels", {}).items():
             ax.axhline(y, color="black", lw=1, ls="--", label=label)
         ax.set(**chart)
         if ax.get_legend_handles_labels()[1]:
             ax.legend()
     return axes
-
-
-MARKS = ("bars", "lines", "dots", "bands", "levels")

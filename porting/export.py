@@ -16,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import numpy_harmon as port
-import torch
 from compare import relative_error
 from parameters import Part, random_weight
-from safetensors.numpy import save_file
 
 try:
+    import torch
+
     from harmon import Harmon, open_image
-    from harmonkit.chat_template import GENERATE, UNCONDITIONAL, load_tokenizer, pad, prompt_ids, training_ids
-    from harmonkit.checkpoints import BUNDLED, find_config, load_strict
+    from harmonkit.chat_template import GENERATE, UNCONDITIONAL, load_tokenizer, pad, prompt_ids, tokenize
+    from harmonkit.checkpoints import BUNDLED, find_config, load_strict, write, write_text
     from harmonkit.images import image_to_pixels, pad_to_square
     from harmonkit.shapes_world import world
 except ImportError as error:
@@ -52,7 +52,7 @@ class Recorder:
     def __init__(self, disturbed=False):
         self.tensors = {}
         self.entries = []
-        self.known = {}                                                 # by id
+        self.known = {}                                                 # id -> x, which keeps the id taken
         self.rng = np.random.default_rng(0) if disturbed else None
 
     def __call__(self, name, x, function):
@@ -92,13 +92,11 @@ def training_batches(model, image, settings):
     draw = dict(input_ids=input_ids, attention_mask=attention_mask, latents=latents,
                 mask=torch.from_numpy(mask), t=torch.from_numpy(t.flatten()), noise=torch.from_numpy(noise))
 
-    answers = settings["answer"], f"{settings['answer']}, it is {settings['answer']}"
-    turns = [[(settings["question"], answer)] for answer in answers]
-    rows = [training_ids(tokenizer, turn, num_image_tokens=N + config.buffer_size) for turn in turns]
-    input_ids, attention_mask = pad(tokenizer, [ids for ids, _ in rows])
-    labels = torch.full_like(input_ids, port.IGNORE_INDEX)
-    for i, (_, row) in enumerate(rows):
-        labels[i, :len(row)] = torch.tensor(row)
+    question = prompt_ids(tokenizer, settings["question"], num_image_tokens=N + config.buffer_size)
+    answer = tokenize(tokenizer, settings["answer"] + port.END)
+    input_ids, attention_mask = pad(tokenizer, [question + answer, question + answer[:-1] + answer])
+    labels = input_ids.where(attention_mask, port.IGNORE_INDEX)
+    labels[:, :len(question)] = port.IGNORE_INDEX                       # only the answers are learned
     tell = dict(input_ids=input_ids, attention_mask=attention_mask, latents=latents, labels=labels)
     return {"text2image": draw, "image2text": tell}
 
@@ -178,9 +176,8 @@ def export(model, out, *, origin, image=None, passes=PASSES, settings=SETTINGS):
     sums = {name: zlib.crc32(np.ascontiguousarray(x)) for name, x in p.weights.items()}
     parameters = {name: dict(shape=x.shape, crc32=sums[name]) for name, x in p.weights.items()}
     index = dict(weights=origin, settings=settings, config=p.config, parameters=parameters, tensors=entries)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    save_file(tensors, Path(out) / "vectors.safetensors")
-    (Path(out) / "index.json").write_text(json.dumps(index, indent=1))
+    write(Path(out) / "vectors.safetensors", {name: torch.tensor(x) for name, x in tensors.items()})
+    write_text(Path(out) / "index.json", json.dumps(index, indent=1))
     return len(entries)
 
 
@@ -196,7 +193,8 @@ def main(argv=None):
     add("--passes", default=",".join(PASSES), help="some of them, separated by commas (default: %(default)s)")
     add("--image", type=Path, help="default: a picture of the shapes world")
     for name, value in SETTINGS.items():
-        add(f"--{name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s")
+        flags = ["--num-iter", "--steps"] if name == "num_iter" else [f"--{name.replace('_', '-')}"]
+        add(*flags, type=type(value), default=value, help="default: %(default)s")
     args = parser.parse_args(argv)
     try:
         if args.random:

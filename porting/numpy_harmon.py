@@ -110,10 +110,11 @@ def attn_block(p, x):                                                   # one he
 def middle(p, x):
     return resnet_block(p.block_2, attn_block(p.attn_1, resnet_block(p.block_1, x)))
 
-@layer
-def vae_encode(p, x):                                                   # (B, 3, s·h, s·w) -> (B, C, h, w)
-    x = conv(p.encoder.conv_in, x)
-    for level in p.encoder.down:
+@shown("latents")
+def encode(p, x):                                                       # (B, 3, s·h, s·w) -> (B, h, w, C)
+    encoder = p.vae.encoder
+    x = conv(encoder.conv_in, x)
+    for level in encoder.down:
         for i, block in enumerate(level.block):
             x = resnet_block(block, x)
             if "attn" in level:                                         # in the last level only
@@ -121,29 +122,21 @@ def vae_encode(p, x):                                                   # (B, 3,
         if "downsample" in level:                                       # after all but the last
             x = np.pad(x, ((0, 0), (0, 0), (0, 1), (0, 1)))             # at the bottom and right only
             x = conv(level.downsample.conv, x, stride=2)
-    x = middle(p.encoder.mid, x)
-    x = conv(p.encoder.conv_out, silu(group_norm(p.encoder.norm_out, x)))
-    mean, logvar = np.split(conv(p.quant_conv, x), 2, axis=1)           # (B, C, h, w), (B, C, h, w)
-    return mean
+    x = conv(encoder.conv_out, silu(group_norm(encoder.norm_out, middle(encoder.mid, x))))
+    mean, logvar = np.split(conv(p.vae.quant_conv, x), 2, axis=1)       # (B, C, h, w), (B, C, h, w)
+    return mean.transpose(0, 2, 3, 1) * p.config["vae_scale"]           # of about unit variance
 
-@layer
-def vae_decode(p, z):                                                   # (B, C, h, w) -> (B, 3, s·h, s·w)
-    x = conv(p.decoder.conv_in, conv(p.post_quant_conv, z))
-    x = middle(p.decoder.mid, x)
-    for level in reversed(list(p.decoder.up)):                          # stored shallowest first
+@shown("decoded")
+def decode(p, latents):                                                 # (B, h, w, C) -> (B, 3, s·h, s·w)
+    decoder = p.vae.decoder
+    z = (latents / p.config["vae_scale"]).transpose(0, 3, 1, 2)
+    x = middle(decoder.mid, conv(decoder.conv_in, conv(p.vae.post_quant_conv, z)))
+    for level in reversed(list(decoder.up)):                            # stored shallowest first
         for block in level.block:
             x = resnet_block(block, x)
         if "upsample" in level:
             x = conv(level.upsample.conv, x.repeat(2, axis=2).repeat(2, axis=3))
-    return conv(p.decoder.conv_out, silu(group_norm(p.decoder.norm_out, x)))
-
-@shown("latents")
-def encode(p, pixels):                                                  # -> (B, h, w, C), about unit variance
-    return vae_encode(p.vae, pixels).transpose(0, 2, 3, 1) * p.config["vae_scale"]
-
-@shown("decoded")
-def decode(p, latents):                                                 # -> (B, 3, s·h, s·w)
-    return vae_decode(p.vae, (latents / p.config["vae_scale"]).transpose(0, 3, 1, 2))
+    return conv(decoder.conv_out, silu(group_norm(decoder.norm_out, x)))
 
 # ---- LLM: Qwen2.5 ------------------------------------------------------------------------------------------
 
@@ -316,13 +309,12 @@ class GaussianDiffusion:
         posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         # β̃ is 0 at the first step; use the second step's value so that its log is finite.
         posterior_variance[0] = posterior_variance[min(1, num_steps - 1)]
-        coef1 = betas * np.sqrt(alphas_cumprod_prev) / (1 - alphas_cumprod)
         coef2 = (1 - alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - alphas_cumprod)
         self.sqrt_alphas_cumprod = np.float32(np.sqrt(alphas_cumprod))
         self.sqrt_one_minus_alphas_cumprod = np.float32(np.sqrt(1 - alphas_cumprod))
         self.sqrt_recip_alphas_cumprod = np.float32(np.sqrt(1 / alphas_cumprod))
         self.sqrt_recipm1_alphas_cumprod = np.float32(np.sqrt(1 / alphas_cumprod - 1))
-        self.posterior_mean_coef1 = np.float32(coef1)
+        self.posterior_mean_coef1 = np.float32(betas * np.sqrt(alphas_cumprod_prev) / (1 - alphas_cumprod))
         self.posterior_mean_coef2 = np.float32(coef2)
         self.log_betas = np.float32(np.log(betas))
         self.posterior_log_variance = np.float32(np.log(np.maximum(posterior_variance, 1e-300)))
@@ -554,7 +546,7 @@ def main(argv=None):
     add("--model", default="harmon-tiny", help="bundled, or a folder written by harmonkit.scripts.convert")
     add("--out", default="out.png", help="the image's file (default: %(default)s)")
     add("--seed", type=int, default=0)
-    add("--steps", type=int, help="generation steps (default: 64, or a quarter of the image tokens if fewer)")
+    add("--num-iter", "--steps", type=int, help="steps (default: 64, at most a quarter of the image tokens)")
     add("--cfg", type=float, default=3.0, help="guidance (default: %(default)s)")
     add("--image", help="the image that --ask is about")
     add("--ask", metavar="QUESTION")
@@ -567,7 +559,7 @@ def main(argv=None):
         if args.ask is not None:
             print(chat(p, tokenizer, Image.open(args.image).convert("RGB"), args.ask))
         else:
-            options = dict(seed=args.seed, num_iter=args.steps, cfg=args.cfg)
+            options = dict(seed=args.seed, num_iter=args.num_iter, cfg=args.cfg)
             Image.fromarray(generate_image(p, tokenizer, args.prompt, **options)).save(args.out)
             print(args.out)
     except (ValueError, OSError) as error:

@@ -17,7 +17,7 @@ LINES = (                           # of a mixture with a source of each format 
     {"path": "classes", "task": "text2image"},
     {"path": "llava.jsonl", "task": "image2text", "images": "images"},
     {"path": "text.json", "task": "text"},
-    {"path": "shapes", "task": "image2text", "count": 50},
+    {"path": "shapes", "task": "image2text", "count": 20},
 )
 RATIO = {"text": 1, "image2text": 3, "text2image": 8}
 
@@ -34,7 +34,7 @@ def png(i):
 
 
 def write_shard(path, numbers, corrupt=(), words=None):
-    """A tar file of images and captions. words(i): {suffix: bytes, None = no such file} instead of a caption."""
+    """A tar file of images and captions. words(i): {suffix: bytes, None = no file} instead of a caption."""
     with tarfile.open(path, "w") as tar:
         for i in numbers:
             files = words(i) if words else {"txt": f"caption {i}".encode()}

@@ -1,59 +1,131 @@
+"""The ablations: arms start alike, finished ones are kept, the table shows means and ranges."""
 import json
-from dataclasses import replace
 
 import pytest
-from test_train import SHORT, log, options, small_world  # noqa: F401
+from training_helpers import SHORT, run, small_world  # noqa: F401
 
 from harmonkit.scripts import ablate
-import train
+from harmonkit.training.recipes import RECIPES, change
+
+SCORES = {column: 0.5 for column in ablate.COLUMNS}
 
 
-def test_arms_start_alike_and_are_scored(small_world, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(ablate, "RECIPES", {name: replace(SHORT, ratio=recipe.ratio, lr=recipe.lr) for name, recipe in ablate.RECIPES.items()})
-    start = replace(SHORT, ratio={"mar": 1}, lr={"mar-decoder": 1e-3}, steps=2)
-    train.train("tiny-mar", start, options(tmp_path))
-    results = [ablate.run_arm("tasks", arm, 0, 3, 8, tmp_path, prompts=2, questions=2) for arm in ("joint", "generation alone")]
-    for r in results:
-        assert all(0 <= r[column] <= 1 for column in ablate.COLUMNS[1:]) and 0 < r[ablate.LOSS] < 5 and (r["steps"], r["batch"]) == (3, 8)
-    tasks = [set(log(tmp_path / "ablate" / "tasks" / f"{arm}-0-3x8", "0-tiny-joint")[-1]["loss"]) for arm in ("joint", "generation-alone")]
-    assert tasks == [{"text2image", "image2text"}, {"text2image"}]
-    arms = ablate.EXPERIMENTS["stages"][1].values()
-    assert {round(sum(share for _, share, _ in stages), 6) for stages in arms} == {1}                       # as many steps in every arm
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Run ablate with its files in tmp_path."""
+    def run(*flags):
+        ablate.main([*flags, "--runs", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs")])
+    return run
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Arms train nothing and score 0.5; the list of those that are run."""
+    runs = []
+    monkeypatch.setattr(ablate, "run_arm", lambda arm, seed, args: row(arm, seed))
+
+    def row(arm, seed):
+        runs.append((arm, seed))
+        return {"arm": arm, "seed": seed, "steps": 3, "batch": 8, "prompts": 2, "scenes asked about": 4} | SCORES
+    return runs
+
+
+@pytest.fixture
+def quick_scores(monkeypatch):
+    """The real evaluations on fewer scenes, in fewer steps."""
+    losses, generation = ablate.masked_losses, ablate.generation_scores
+
+    def generate(model, split, count, seed, batch, **sampling):
+        assert sampling == {"num_iter": 16, "cfg": 3.0}
+        return generation(model, split, count, seed, batch, num_iter=1, cfg=1.0)
+    monkeypatch.setattr(ablate, "masked_losses", lambda model, ratios, count: losses(model, ratios[:2], 2))
+    monkeypatch.setattr(ablate, "generation_scores", generate)
+
+
+@pytest.mark.usefixtures("small_world", "quick_scores")
+def test_an_arm_is_trained_scored_and_kept(command, tmp_path, monkeypatch, capsys):
+    """Two stages of 4 steps in all: the second goes on from the first, and the arm is run once."""
+    short = {name: change(SHORT, ratio=recipe.ratio, lr=recipe.lr, scenes=4) for name, recipe in RECIPES.items()}
+    monkeypatch.setattr(ablate, "RECIPES", short)
+    stages = [("tiny-align", 0.25, {}), ("tiny-joint", 0.75, ablate.ASK)]
+    monkeypatch.setattr(ablate, "EXPERIMENTS", {"stages": ("tiny-mar", {"both, alike": stages})})
+    run(SHORT, tmp_path / "runs", name="tiny-mar", ratio={"mar": 1}, lr={"mar-decoder": 1e-3}, steps=1, batch=2, scenes=4)
+
+    flags = ["stages", "--steps", "4", "--batch", "3", "--seeds", "0", "--prompts", "2", "--questions", "2"]
+    command(*flags)
+    arm = tmp_path / "runs" / "ablate" / "stages" / "both-alike-0-4x3"
+    runs = [arm / "0-tiny-align", arm / "1-tiny-joint"]
+    contents = [ablate.last_checkpoint(folder)[1] for folder in runs]
+    recipes = [content["recipe"] for content in contents]
+    assert [content["step"] for content in contents] == [1, 3]
+    assert [recipe["after"] for recipe in recipes] == ["tiny-mar", "ablate/stages/both-alike-0-4x3/0-tiny-align"]
+    assert [recipe["ratio"] for recipe in recipes] == [{"text2image": 2, "image2text": 1}, {"image2text": 1}]
+    assert all((recipe["batch"], recipe["micro_batch"], recipe["seed"]) == (3, 1, 0) for recipe in recipes)
+
+    (scores,) = json.loads((tmp_path / "docs" / "ablate-stages.json").read_text())
+    assert 0 < scores[ablate.LOSS] < 9 and all(0 <= scores[column] <= 1 for column in ablate.COLUMNS[1:])
+    assert (scores["steps"], scores["batch"], scores["prompts"], scores["scenes asked about"]) == (4, 3, 2, 2)
+
+    # Kept scores are used, unless other prompts or questions are asked for; the runs are kept in any case.
+    (file,) = arm.glob("scores-*.json")
+    file.write_text(json.dumps(scores | {ablate.LOSS: 0.25}))
+    command(*flags)
+    assert json.loads((tmp_path / "docs" / "ablate-stages.json").read_text())[0][ablate.LOSS] == 0.25
+    assert "finished" not in capsys.readouterr().err
+    command(*flags[:-1], "4")
+    (again,) = json.loads((tmp_path / "docs" / "ablate-stages.json").read_text())
+    assert again[ablate.LOSS] == scores[ablate.LOSS] and again["scenes asked about"] == 4
+    assert "1-tiny-joint: finished, 3 steps" in capsys.readouterr().err
+
+
+def test_the_experiments():
+    """Stages take all steps, but for arms named half; every experiment's arms start from a run of `train.py tiny`."""
+    for start, arms in ablate.EXPERIMENTS.values():
+        assert start in RECIPES
+        for arm, stages in arms.items():
+            fraction = sum(fraction for _, fraction, _ in stages)
+            expected = 0.5 if "half" in arm else 1
+            assert fraction == pytest.approx(0 if arm == "before" else expected), arm
+    recipes = [change(RECIPES[name], **changes) for name, _, changes in ablate.EXPERIMENTS["stages"][1]["I, II, III"]]
+    assert [recipe.ratio for recipe in recipes] == [
+        {"text2image": 2, "image2text": 1}, {"text2image": 10, "image2text": 2, "text": 4},
+        {"text2image": 16, "image2text": 3, "text": 1}]
+    assert [recipe.lr.get("llm") for recipe in recipes] == [None, 7e-4, 1.4e-4]
+
+
+def test_files_and_the_table_anew(command, scored, tmp_path, capsys):
+    command("reca", "--seeds", "0", "3")
+    assert scored == [(arm, seed) for seed in (0, 3) for arm in ("before", "plain", "reca")]
+    page = tmp_path / "docs" / "ablate-reca.md"
+    first = page.read_text()
+    heading = "ablate reca --steps 3 --batch 8 --seeds 0 3 --prompts 2 --questions 4`\n"
+    assert first.startswith("# `python -m harmonkit.scripts." + heading) and ablate.LEGEND in first
+    assert "| plain | 0, 3 | 0.500 (0.500 – 0.500) |" in first and "(ablate-reca.png)" in first
+    assert (tmp_path / "docs" / "ablate-reca.png").stat().st_size > 5000
+    page.unlink()
+    command("reca", "--table")
+    assert len(scored) == 6 and page.read_text() == first and "| reca | 0, 3 |" in capsys.readouterr().out
 
 
 def test_the_table_shows_the_spread():
-    row = lambda arm, seed, value: {"arm": arm, "seed": seed, "training_seconds": 60, "steps": 3, "batch": 8, "prompts": 2, "scenes asked about": 2} | {c: value for c in ablate.COLUMNS}  # noqa: E731
-    text = ablate.table([row("a", 0, 0.25), row("a", 1, 0.75), row("b", 0, 1.0)])
-    assert "| a | 0, 1 | 0.500 (0.250 – 0.750) |" in text and "| b | 0 | 1.000 |" in text
+    rows = {"a": [{"seed": seed} | dict.fromkeys(ablate.COLUMNS, value) for seed, value in ((0, 0.25), (1, 0.75))],
+            "b": [{"seed": 0} | dict.fromkeys(ablate.COLUMNS, 1.0)]}
+    lines = ablate.table(rows).splitlines()
+    assert lines[2].startswith("| a | 0, 1 | 0.500 (0.250 – 0.750) |") and lines[3].startswith("| b | 0 | 1.000 |")
+    assert len({line.count("|") for line in lines}) == 1
 
 
-def test_what_is_published_is_of_these_runs(tmp_path, monkeypatch):
-    """Scores in docs are no reason not to run; the runs' own are, when every setting is the same."""
-    ran = []
-
-    def run_arm(experiment, arm, seed, steps, batch, runs, prompts, questions):
-        ran.append((arm, seed, prompts))
-        return {"arm": arm, "seed": seed, "training_seconds": 60, "steps": steps, "batch": batch, "prompts": prompts, "scenes asked about": questions} | {c: 0.5 for c in ablate.COLUMNS}
-    monkeypatch.setattr(ablate, "run_arm", run_arm)
-
-    def command(*flags):
-        monkeypatch.setattr("sys.argv", ["ablate.py", "reca", "--runs", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs"), *flags])
-        ablate.main()
-    command("--seeds", "0", "--prompts", "2")
-    assert ran == [("before", 0, 2), ("plain", 0, 2), ("reca", 0, 2)]
-    command("--seeds", "0", "1", "--prompts", "2")
-    assert ran[3:] == [("before", 1, 2), ("plain", 1, 2), ("reca", 1, 2)]
-    command("--seeds", "0", "--prompts", "4")
-    assert ran[6:] == [("before", 0, 4), ("plain", 0, 4), ("reca", 0, 4)], "of other prompts, other scores"
-    assert {r["prompts"] for r in json.loads((tmp_path / "docs" / "ablate-reca.json").read_text())} == {4}
-    assert "--seeds 0 --prompts 4" in (tmp_path / "docs" / "ablate-reca.md").read_text()
-    (tmp_path / "docs" / "ablate-reca.md").unlink()
-    command("--table")
-    assert len(ran) == 9 and "--seeds 0 --prompts 4" in (tmp_path / "docs" / "ablate-reca.md").read_text()
-
-
-def test_nothing_to_show_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["ablate.py", "reca", "--table", "--docs", str(tmp_path)])
+@pytest.mark.parametrize("flags, message", [(("reca", "--table"), "ablate-reca.json: no such file"),
+                                            (("reca", "--seeds", "0"), "run `python train.py tiny` first")])
+def test_nothing_to_begin_with(flags, message, command, capsys):
     with pytest.raises(SystemExit, match="2"):
-        ablate.main()
-    assert "nothing has been run yet" in capsys.readouterr().err
+        command(*flags)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
+def test_matplotlib_is_needed_from_the_start(command, scored, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        command("reca")
+    assert "pip install matplotlib" in capsys.readouterr().err and not scored

@@ -58,22 +58,30 @@ def fast_head(small, request):
     return head
 
 
-@pytest.mark.parametrize("rows", [1, 8, 11, 300])
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 8, 11, 300, 2000])
+def test_the_denoiser_gives_the_networks_output_at_every_step(small, fast_head, rows):
+    z, timesteps = randn(rows, 32), torch.arange(0, 1000, 111)
+    plain, batched = (head.denoiser(z, timesteps) for head in (small.mar.diffloss, fast_head))
+    for i in reversed(range(len(timesteps))):
+        x = randn(rows, 4, seed=i)
+        assert torch.allclose(batched(x, i), plain(x, i), rtol=1e-5, atol=1e-5), i      # 3e-6
+
+
+@pytest.mark.parametrize("rows", [1, 8, 11])
 @pytest.mark.parametrize("options", [
     {}, {"cfg": 3.0}, {"cfg": 2.0, "temperature": 0.7}, {"num_sampling_steps": 30},
-    {"cfg": 3.0, "solver": "ddim", "num_sampling_steps": 5}, {"cfg": 3.0, "solver": "dpm++", "num_sampling_steps": 4},
+    {"cfg": 3.0, "solver": "ddim", "num_sampling_steps": 5},
+    {"cfg": 3.0, "solver": "dpm++", "num_sampling_steps": 4},
 ])
-def test_batched_modulations_change_nothing(small, fast_head, rows, options):
-    """300 rows with guidance leave room for one step at once, 11 rows for all."""
+def test_batched_modulations_change_no_sample(small, fast_head, rows, options):
     z = randn(rows * (2 if "cfg" in options else 1), 32)
 
     def sample(head):
         draws = generator(1)
         return head.sample(z, noise_fn=lambda shape: torch.randn(shape, generator=draws), **options)
     expected, out = sample(small.mar.diffloss), sample(fast_head)
-    assert out.shape == (rows, 4)
-    print("ERR", (out - expected).abs().max().item())
-    assert torch.allclose(out, expected, atol=1e-4)
+    assert out.shape == (rows, 4) and torch.allclose(out, expected, atol=3e-5)          # 5e-6
 
 
 @pytest.mark.parametrize("rows, products", [(11, 1), (128, 1), (300, 3), (2000, 8)])
@@ -81,9 +89,10 @@ def test_modulations_are_computed_in_few_products(small, rows, products):
     """Of 8 diffusion steps, as many at once as keep a product below 1,024 rows."""
     head, calls = copy.deepcopy(small.mar.diffloss), []
     batch_modulations(head)
-    head.net.res_blocks[0].adaLN_modulation[1].register_forward_hook(lambda *call: calls.append(call[2].shape))
+    layer = head.net.res_blocks[0].adaLN_modulation[1]
+    layer.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
     head.sample(randn(rows, 32))
-    assert len(calls) == products and sum(shape[0] for shape in calls) == 8
+    assert len(calls) == products and sum(calls) == 8
 
 
 # ---- packed weights --------------------------------------------------------------------------------------
@@ -125,11 +134,14 @@ def test_packed_bfloat16_is_as_near_to_float32_as_plain_bfloat16(small):
     with torch.no_grad():
         for name in parts(plain):
             expected = parts(exact)[name](x.float())
-            plain_error, packed_error = ((parts(model)[name](x) - expected).abs().mean() for model in (plain, packed))
+            outputs = [parts(model)[name](x) for model in (plain, packed)]
+            plain_error, packed_error = ((output - expected).abs().mean() for output in outputs)
             # An activation joins the product before it: one rounding less.
             assert packed_error < 1.05 * plain_error < 0.02 * expected.abs().mean(), name
-    images = [levels(model.generate_image(["a red circle"] * 8, seed=3, num_iter=2)) for model in (exact, plain, packed)]
-    plain_error, packed_error = ((image - images[0]).abs().mean(dim=1).median() for image in images[1:])
+    prompts = ["a red circle"] * 8
+    drawn = [model.generate_image(prompts, seed=3, num_iter=2) for model in (exact, plain, packed)]
+    expected, *images = map(levels, drawn)
+    plain_error, packed_error = ((image - expected).abs().mean(dim=1).median() for image in images)
     assert packed_error < 1.5 * plain_error < 10, "in grey levels"
     for shape in ((1, 1, 32), (2, 7, 32), (300, 32)):
         assert packed.proj_in[0](randn(*shape).bfloat16()).shape == shape
@@ -159,14 +171,24 @@ def test_eager_changes_nothing(small):
 def test_impossible_modes_are_refused(small):
     with pytest.raises(ValueError, match="unknown mode 'warp'; known: auto, eager, packed, compiled"):
         accelerate(small, "warp")
-    with pytest.raises(ValueError, match="packed in float32 and bfloat16 on x86 processors; these are torch.float16"):
+    with pytest.raises(ValueError, match="packed in float32 and bfloat16 .* these are torch.float16"):
         accelerate(copy.deepcopy(small).half(), "packed")
 
 
-def test_compiled_gives_the_same(small):
-    model = accelerate(copy.deepcopy(small), "compiled")
-    a, b = (levels(m.generate_image("a red circle", seed=3, num_iter=2)) for m in (small, model))
-    assert (a - b).abs().max() <= 1
+def test_compiled_gives_the_same(monkeypatch):
+    """One layer of each kind, because compilation takes half a minute. Every graph is compiled whole."""
+    one_layer = replace(SMALL.llm, num_hidden_layers=1)
+    one_block = replace(SMALL.mar, encoder_depth=1, decoder_depth=1, head_depth=1)
+    model = shake(Harmon(replace(SMALL, llm=one_layer, mar=one_block)))
+    ids, real = torch.arange(5, 25).view(2, 10), torch.ones(2, 10, dtype=torch.bool)
+    expected = model.sample(ids, real, num_iter=2, generator=generator())
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    torch._dynamo.utils.counters.clear()
+    accelerate(model, "compiled")
+    assert torch.allclose(model.sample(ids, real, num_iter=2, generator=generator()), expected, atol=2e-4)
+    frames = torch._dynamo.utils.counters["frames"]
+    assert 4 <= frames["ok"] == frames["total"] <= 8
+    torch._dynamo.reset()
 
 
 # ---- attention -------------------------------------------------------------------------------------------
@@ -189,7 +211,7 @@ def values_and_gradients(attention, qkv, mask, dtype=torch.float32, autocast=Fal
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_cpu_attention_is_attention(masked, autocast):
-    """In bfloat16, and float32 under autocast: within twice torch's own error of the float32 result."""
+    """In bfloat16, and in float32 under autocast: as near to the float32 result as torch is."""
     qkv, mask = inputs()
     mask = mask if masked else None
     dtype = torch.float32 if autocast else torch.bfloat16
@@ -197,8 +219,7 @@ def test_cpu_attention_is_attention(masked, autocast):
     torchs = values_and_gradients(F.scaled_dot_product_attention, qkv, mask, dtype, autocast)
     ours = values_and_gradients(cpu_attention, qkv, mask, dtype, autocast)
     for expected, theirs, own in zip(exact, torchs, ours, strict=True):
-        print("ERR", ((own - expected).norm()/ expected.norm()).item(), ((theirs - expected).norm()/ expected.norm()).item())
-        assert (own - expected).norm() < 0.02 * expected.norm()
+        assert (own - expected).norm() < 2 * (theirs - expected).norm() < 0.02 * expected.norm()
 
 
 def test_cpu_attention_is_torchs_in_float32_and_without_gradients():
@@ -235,7 +256,8 @@ def test_flash_attention_is_called_with_its_own_layout(monkeypatch):
     assert calls == [0.1]
     # Not for masks, float32 and heads above 256.
     wide = torch.ones(1, 1, 2, 264).half()
-    assert torch.equal(flash_attention(*half, attn_mask=mask), F.scaled_dot_product_attention(*half, attn_mask=mask))
+    masked = flash_attention(*half, attn_mask=mask)
+    assert torch.equal(masked, F.scaled_dot_product_attention(*half, attn_mask=mask))
     assert torch.equal(flash_attention(*qkv), F.scaled_dot_product_attention(*qkv))
     assert torch.equal(flash_attention(wide, wide, wide), wide)
     assert len(calls) == 1
@@ -274,21 +296,20 @@ def test_patched_attention_trains_alike(small, unpatched):
     plain = gradients()
     patch_attention(torch.device("cpu"))
     patched = gradients()
-    print("ERR", ((patched - plain).norm() / plain.norm()).item())
-    assert 0 < (patched - plain).norm() < 0.02 * plain.norm()
+    assert 0 < (patched - plain).norm() < 0.02 * plain.norm()               # 0.009
 
 
 # ---- the loss of long texts ------------------------------------------------------------------------------
 
 def test_the_chunked_loss_is_the_plain_one(small):
-    """1,497 labelled positions, 400 at a time."""
-    ids = torch.randint(5, 500, (3, 500), generator=generator())
+    """597 labelled positions, 150 at a time."""
+    ids = torch.randint(5, 500, (3, 200), generator=generator())
     real = torch.ones_like(ids, dtype=torch.bool)
     plain, chunked, sizes = copy.deepcopy(small), copy.deepcopy(small), []
-    chunk_next_token_loss(chunked, chunk=400)
+    chunk_next_token_loss(chunked, chunk=150)
     chunked.llm.lm_head.register_forward_hook(lambda *call: sizes.append(len(call[2])))
     losses = [model.image2text_loss(None, ids, real, ids) for model in (plain, chunked)]
-    assert sizes == [400, 400, 400, 297]
+    assert sizes == [150, 150, 150, 147]
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
     for loss in losses:
         loss.backward()

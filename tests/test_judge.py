@@ -93,7 +93,7 @@ def test_prompts_are_many_fixed_and_true():
     seen, held_out = judge.prompts(60, False), judge.prompts(40, True)
     assert (len(seen), len(held_out)) == (360, 160)
     digest = hashlib.sha256(str([caption for _, _, caption in seen + held_out]).encode()).hexdigest()
-    assert digest[:16] == "54bab9db428270e8"                          # published figures belong to these prompts
+    assert digest[:16] == "54bab9db428270e8"    # published figures belong to these prompts
     assert [category for category, _, _ in seen[::60]] == list(CATEGORIES)
     for _, _, caption in held_out:
         assert any(f"{color} {shape}" in caption for color, shape in world.HELD_OUT)

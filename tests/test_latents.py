@@ -76,9 +76,11 @@ def test_a_cache_of_something_else_is_refused(small, source, tmp_path):
 
 
 def test_a_shard_without_one_usable_image(small, tmp_path):
-    samples = open_source(write_shard(tmp_path / "a.tar", range(3), corrupt=range(3)))
-    with pytest.raises(ValueError, match="a.tar: not one of samples 0 … 2 is usable"):
-        cache_latents(small.encode, Source("a.tar", "text2image", 1, samples), tmp_path / "cache", 64)
+    corrupt = open_source(write_shard(tmp_path / "a.tar", range(3), corrupt=range(3)))
+    without_images = open_source("shapes-text", count=3)
+    for samples in (corrupt, without_images):
+        with pytest.raises(ValueError, match="a.tar: not one of samples 0 … 2 is usable"):
+            cache_latents(small.encode, Source("a.tar", "text2image", 1, samples), tmp_path / "cache", 64)
 
 
 def test_a_vae_file_encodes_as_the_model_does(small, tmp_path, monkeypatch):

@@ -13,8 +13,16 @@ from harmonkit.data.mixture import MixtureDataset, SampleCounts, Source, loss_ar
 from harmonkit.data.sources import Sample, SkipSample, open_source
 
 
-def world(task, count):
-    return Source("shapes", task, 1, open_source("shapes-text" if task == "text" else "shapes", count=count))
+def world(task, count, latents=None):
+    samples = open_source("shapes-text" if task == "text" else "shapes", count=count)
+    return Source("shapes", task, 1, samples, latents)
+
+
+class FlatLatents:
+    """A cache of two crops of each image; all latents of a crop are one number."""
+
+    def get(self, index):
+        return torch.stack([torch.full((2, 2, 4), 10.0 * index + crop) for crop in range(2)]).bfloat16()
 
 
 # ---- files ---------------------------------------------------------------------------------------------
@@ -26,8 +34,8 @@ def world(task, count):
     ({"path": "classes", "task": "text2image", "weight": 0}, "weight 0 above 0"),
     ({"path": "classes", "task": "text", "weight": "x"}, "path, task and a number as weight are needed"),
     ({"path": "classes"}, "path, task and a number as weight are needed .*'task'"),
-    ({"path": "classes", "task": "text2image", "colour": 1}, "unexpected keyword argument 'colour'"),
-    ({"path": "{00000..00003}.tar", "task": "text2image"}, r"00002.tar: no such .*\(2 of 4 shards"),
+    ({"path": "classes", "task": "text2image", "colour": 1}, "classes: got an unexpected .* 'colour'"),
+    ({"path": "{00000..00003}.tar", "task": "text2image"}, r"00002.tar: no such .*\(missing: 2 of 4\)"),
     ({"path": "images/0.png", "task": "text2image"}, "neither a folder nor"),
     ({"path": "captions", "task": "text2image"}, "no samples in it"),
     ({"path": "captions/0.json", "task": "text2image"}, "a list of samples is expected"),
@@ -82,23 +90,19 @@ def test_an_image_with_a_caption_alone_is_described():
 
 
 def test_a_tenth_of_captions_and_labels_is_dropped():
-    turns = MixtureDataset([world("text2image", 600)], {"text2image": 1}, 600, 64)[0]["turns"]
+    source = world("text2image", 600, FlatLatents())
+    turns = MixtureDataset([source], {"text2image": 1}, 600, 64)[0]["turns"]
     prompts = [prompt for [(prompt, answer)] in turns if answer is None]
     assert len(prompts) == 600
     captions = [prompt for prompt in prompts if prompt != UNCONDITIONAL]
     assert 0.86 < len(captions) / 600 < 0.94
     assert all(prompt.startswith(GENERATE.format(caption="")) for prompt in captions)
-    labels = MixtureDataset([world("mar", 600)], {"mar": 1}, 600, 64)[0]["labels"]
+    labels = MixtureDataset([world("mar", 600, FlatLatents())], {"mar": 1}, 600, 64)[0]["labels"]
     assert 0.06 < (labels == -1).float().mean() < 0.14
 
 
 def test_cached_latents_take_the_place_of_the_image():
-    class Cache:
-        def get(self, index):
-            return torch.stack([torch.full((2, 2, 4), 10. * index + crop) for crop in range(2)]).bfloat16()
-
-    source = Source("shapes", "reca", 1, open_source("shapes", count=3), Cache())
-    batch = MixtureDataset([source], {"reca": 1}, 12, 64)[0]
+    batch = MixtureDataset([world("reca", 3, FlatLatents())], {"reca": 1}, 12, 64)[0]
     assert batch["latents"].shape == (12, 2, 2, 4) and batch["latents"].dtype == torch.float32
     assert "pixels" not in batch
     assert set(batch["latents"][:, 0, 0, 0].tolist()) == {0, 1, 10, 11, 20, 21}     # both crops of each image
@@ -231,4 +235,4 @@ def test_a_mixture_file_is_read_with_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "images")
     pairs, shapes = open_mixture("../mixture.json")
     assert pairs.samples[2].caption(None) == "caption 2"
-    assert (shapes.path, len(shapes.samples)) == ("shapes", 50)
+    assert (shapes.path, len(shapes.samples)) == ("shapes", 20)

@@ -57,7 +57,7 @@ def test_the_index_describes_every_tensor(content):
 def test_the_index_tells_inputs_and_the_functions_that_compute(content):
     index, _ = content
     source = {about["name"]: about["source"].removeprefix("numpy_harmon.") for about in index["tensors"]}
-    assert source["understand/vae.encoder.down.0.downsample.conv.in"] == "vae_encode"
+    assert source["understand/vae.encoder.down.0.downsample.conv.in"] == "encode"
     assert source["understand/mar.encoder_blocks.0.mlp.fc2.in"] == "mar_block"
     assert source["understand/mar.encoder_blocks.0.norm1.out"] == "layer_norm"
     assert source["generate/step2/x_dec"] == "add_residual"
@@ -161,10 +161,10 @@ BUGS = [
      "understand/vae.encoder.down.0.downsample.conv.in", "at the bottom only"),
     ("upsampling by tiles", "x.repeat(2, axis=2)", "np.tile(x, (1, 1, 2, 1))",
      "generate/vae.decoder.up.3.upsample.conv.in", "nearest"),
-    ("levels of the decoder upside down", "reversed(list(p.decoder.up))", "p.decoder.up",
+    ("levels of the decoder upside down", "reversed(list(decoder.up))", "decoder.up",
      "generate/vae.decoder.up.3.block.0.out", "run deepest first"),
     ("log variance for mean", "mean, logvar = np.split", "logvar, mean = np.split",
-     "understand/vae.out", "first half of quant_conv's channels"),
+     "understand/latents", "first half of quant_conv's channels"),
     ("no vae_scale", '(0, 2, 3, 1) * p.config["vae_scale"]', "(0, 2, 3, 1)",
      "understand/latents", "times vae_scale"),
     ("picture off by four", "+ 128, 0, 255", "+ 132, 0, 255",

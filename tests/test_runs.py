@@ -75,7 +75,7 @@ def test_changed_settings_are_named(tmp_path, capsys):
     run(TEXT, tmp_path, batch=4, lr={"llm": 2e-3}, kl=3.0)
     assert "kl 0.01 -> 3.0" in capsys.readouterr().err
     run(TEXT, tmp_path)
-    assert "finished, 4 steps; give another --runs" in capsys.readouterr().err
+    assert "finished, 4 steps; another --runs trains anew" in capsys.readouterr().err
     with pytest.raises(ValueError, match="has trained llm so far; another choice needs another --runs"):
         run(TEXT, tmp_path, lr=ALL, steps=8)
 
@@ -105,7 +105,7 @@ def test_the_averaged_weights_are_handed_on(tmp_path):
     assert equal(model_from_checkpoint(content, "model").state_dict(), content["model"])
 
 
-# ---- what a new run starts with ----------------------------------------------------------------------------
+# ---- the start of a new run --------------------------------------------------------------------------------
 
 def test_the_recipe_before_must_have_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="tiny-mar: no checkpoint; tiny-align starts .*must run"):

@@ -6,9 +6,10 @@ import tarfile
 
 import pytest
 from data_files import CONVERSATION, LINES, color, open_lines, write_shard, write_sources
+from PIL import Image
 
 from harmonkit.data import sources
-from harmonkit.data.sources import SkipSample, open_source
+from harmonkit.data.sources import Sample, SkipSample, open_source, usable_image
 
 TURNS = [("What is it?", "a color"), ("Sure?", "yes")]
 
@@ -16,7 +17,7 @@ TURNS = [("What is it?", "a color"), ("Sure?", "yes")]
 def test_every_format(tmp_path):
     opened = open_lines(write_sources(tmp_path), *LINES)
     pairs, shards, classes, llava, text, world = [source.samples for source in opened]
-    assert [len(source) for source in (pairs, shards, classes, llava, text, world)] == [6, 10, 2, 6, 6, 50]
+    assert [len(source) for source in (pairs, shards, classes, llava, text, world)] == [6, 10, 2, 6, 6, 20]
     for source in (pairs, shards):
         assert source[4].caption(None) == "caption 4"
         assert source[4].image().size == (96, 120)
@@ -57,7 +58,7 @@ def test_patterns_of_shards(tmp_path):
     for pattern in ("a{008..011}.tar", "a*.tar", "a0{08..11}.tar", "a{0..0}{08..11}.tar"):
         source = open_source(str(tmp_path / pattern))
         assert [source[i].caption(None) for i in range(len(source))] == expected, pattern
-    with pytest.raises(FileNotFoundError, match=r"a012.tar: no such file or folder \(2 of 3 shards"):
+    with pytest.raises(FileNotFoundError, match=r"a012.tar: no such file or folder \(missing: 2 of 3\)"):
         open_source(str(tmp_path / "a{011..013}.tar"))
     with pytest.raises(FileNotFoundError, match=r"b\*.tar: no such file"):
         open_source(str(tmp_path / "b*.tar"))
@@ -106,6 +107,21 @@ def test_broken_lines_are_skipped_by_number(tmp_path, line, reason):
     with pytest.raises(SkipSample, match=f"a.jsonl:2: .*{reason}"):
         source[1]
     assert source[0].turns(None) == source[2].turns(None) == TURNS
+
+
+def test_images_outside_the_rules_are_skipped_but_not_bad():
+    sample = Sample("a", lambda: Image.new("RGB", (60, 90)))
+    assert usable_image(sample, "text2image", 256).size == (60, 90)
+    with pytest.raises(SkipSample, match="a: 60×90 pixels, sides must be above 80") as error:
+        usable_image(sample, "image2text", 256)
+    assert not error.value.bad
+
+
+@pytest.mark.parametrize("path", ["shapes", "shapes-text", "text.json"])
+def test_unknown_options_are_refused(tmp_path, path):
+    path = path if path.startswith("shapes") else str(write_sources(tmp_path) / path)
+    with pytest.raises(ValueError, match=f"{path}: got an unexpected keyword argument 'colour'"):
+        open_source(path, colour=1)
 
 
 def test_a_skipped_sample_crosses_processes():

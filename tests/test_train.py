@@ -212,7 +212,7 @@ def test_sigterm_saves_after_the_step(uninterrupted, tmp_path, monkeypatch):  # 
     assert equal(uninterrupted["model"], run(SHORT, tmp_path)["model"])
 
 
-# ---- what is trained ---------------------------------------------------------------------------------------
+# ---- trained parts, skipped steps --------------------------------------------------------------------------
 
 def test_stage_1_leaves_the_llm_bit_identical(model_folder, tmp_path):
     stage1 = RECIPES["stage1"]

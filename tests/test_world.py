@@ -43,6 +43,13 @@ def test_the_training_data_have_not_changed(scenes):
     assert digest.hexdigest()[:16] == "48caf6298c9cffde"
 
 
+def test_the_tokenizer_has_not_changed(tokenizer):
+    vocabulary = str(sorted(tokenizer.get_vocab().items()))
+    assert hashlib.sha256(vocabulary.encode()).hexdigest()[:16] == "0e834765b8921c4d"
+    for text in ("three blue stars", "a zebra, 12 ½ times – 好", "  two  spaces\n\n"):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
 def test_held_out_combinations_never_occur_in_training(scenes):
     for i, scene in enumerate(scenes):
         words = all_words(scene, random.Random(i))

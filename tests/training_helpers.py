@@ -1,4 +1,4 @@
-"""What the tests of training share: a very small model, and a short recipe of the shapes world."""
+"""Shared by the tests of training: a very small model and a short recipe of the shapes world."""
 import json
 from dataclasses import replace
 

@@ -98,8 +98,6 @@ def prepare(sample, task, size, rng, cached=None) -> dict:
     if task != "text" and cached is not None:
         row["latents"] = cached[rng.randrange(len(cached))][None].float()
     elif task != "text":
-        if sample.image is None:
-            raise SkipSample(sample.name, "no image, and the task needs one")
         square = training_squares(usable_image(sample, task, size), task, 1, rng)[0]
         row["pixels"] = image_to_pixels(square, (size, size))
 
@@ -168,7 +166,7 @@ def source_cycle(shares) -> list:
         counts = [round(x) for x in exact]
         if all(abs(count - x) < 1e-3 * count for count, x in zip(counts, exact, strict=True)):
             break
-    # Each step adds the counts to the credits; the source with the largest credit is next and loses their sum.
+    # Each step adds the counts to the credits. The largest credit is next and loses the sum of the counts.
     cycle = []
     credit = np.zeros(len(counts), dtype=int)
     for _ in range(sum(counts)):

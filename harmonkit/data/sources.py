@@ -57,6 +57,8 @@ def skip_errors(name):
     """Errors in this block become SkipSample; of any type, because Pillow raises many for corrupt files."""
     try:
         yield
+    except SkipSample:
+        raise
     except KeyError as error:
         raise SkipSample(name, f"no {error} in it") from None
     except Exception as error:
@@ -71,7 +73,9 @@ def read_image(name, file):
 
 
 def usable_image(sample, task, size):
-    """The sample's image. Raises SkipSample if it cannot be read or if the paper's rules leave it out."""
+    """The sample's image. Raises SkipSample if there is none, or the paper's rules leave it out."""
+    if sample.image is None:
+        raise SkipSample(sample.name, "no image, and the task needs one")
     image = sample.image()
     reason = reject_reason(image, task, size)
     if reason:
@@ -326,8 +330,8 @@ def format_at(path):
     files = expand(path)
     missing = [file for file in files if not os.path.exists(file)]
     if missing:
-        count = f" ({len(missing)} of {len(files)} shards are missing)" if len(files) > 1 else ""
-        raise FileNotFoundError(f"{missing[0]}: no such file or folder{count}")
+        count = f"{len(missing)} of {len(files)}"
+        raise FileNotFoundError(f"{missing[0]}: no such file or folder (missing: {count})")
     for format in FORMATS:
         if format.lies_at(path):
             return format

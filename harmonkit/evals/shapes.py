@@ -130,7 +130,7 @@ def masked_losses(model, ratios, count) -> list:
 def add_arguments(parser):
     parser.add_argument("--model", default="harmon-tiny")
     parser.add_argument("--steps", type=int, nargs="+", default=[16], help="numbers K of generation steps")
-    parser.add_argument("--prompts", type=int, default=60, help="a category; two thirds of it held-out")
+    parser.add_argument("--prompts", type=int, default=60, help="seen ones a category; held-out: two thirds")
     parser.add_argument("--questions", type=int, default=120, help="scenes that are asked about")
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--temperature", type=float, default=1.0)

@@ -5,9 +5,9 @@
     python -m harmonkit.scripts.benchmark --what train --model harmon-1.5b --variants plain compiled
     python -m harmonkit.scripts.benchmark --count --model harmon-1.5b --size 512 --steps 64
 
-Weights are random: only sizes matter. GFLOP are those of products, convolutions and attention in the plain
-path; a multiply-add is two. The floor is their time at the rate of a large linear layer, or for a token of an
-answer the time to read the LLM's weights. Packed weights multiply faster than that layer.
+Weights are random: only sizes matter. GFLOP are those of products, convolutions and attention, with the head's
+modulations batched; a multiply-add is two. The floor is their time at the rate of a large linear layer, or for
+a token of an answer the time to read the LLM's weights. Packed weights multiply faster than that layer.
 """
 import json
 from dataclasses import asdict, replace
@@ -118,6 +118,7 @@ def draw(model, args):
 
 def draw_rows(args):
     meta_model = make_model(args, "meta")
+    fast.batch_modulations(meta_model.mar.diffloss)
     gflop = by_part(count, meta_model, partial(draw, meta_model, args))
     gflop = {"text to image": sum(gflop.values())} | gflop
     rows = {name: {"GFLOP": number} for name, number in gflop.items()}

@@ -7,8 +7,7 @@ stride of harmon-tiny's VAE, so that a token shows one of few patterns.
 
 The combinations in HELD_OUT never occur in training, neither in pictures nor in words: they measure
 composition. With six training hues the model memorises each color–shape pair; with the whole hue circle it
-learns color apart from shape. So some training scenes have hues between the named colors; "green blue" is a
-blue near green.
+learns color apart from shape. So some training scenes have hues between the six, like "green blue".
 """
 import colorsys
 import math
@@ -35,7 +34,7 @@ SIDES = {"left": "on the left", "right": "on the right", "above": "at the top", 
 STYLES = ("plain", "color", "color", "color", "position", "color position", "color position")   # of captions
 
 STAR = [(.45 if i % 2 else 1.08, math.pi * i / 5) for i in range(10)]       # radius and angle of its corners
-OUTLINES = {                # polygons that fill a box from -1 to 1
+OUTLINES = {                # polygons in a box from -1 to 1
     "circle": [(math.cos(t), math.sin(t)) for t in np.linspace(0, 2 * math.pi, 48, endpoint=False)],
     "square": [(-.9, -.9), (.9, -.9), (.9, .9), (-.9, .9)],
     "triangle": [(0, -1), (1, .85), (-1, .85)],
@@ -80,9 +79,13 @@ def scene(seed, index, *, held_out=False, kind=None, between=False) -> Scene:
         rng.shuffle(combinations)
     if kind == "count":
         combinations *= rng.choice((2, 3, 4))
+
+    # Things of one color share a shade.
     shades = {color: shade(color, rng, between) for color, _ in combinations}
     spots = place(kind, len(combinations), rng)
     things = tuple(Thing(*c, *spot, shades[c[0]]) for c, spot in zip(combinations, spots, strict=True))
+
+    # The background is a light grey with a tint, lighter or darker toward the bottom.
     grey = rng.uniform(195, 245)
     tints = [rng.uniform(-6, 6) for _ in "rgb"]
     slope = rng.uniform(-15, 15)
@@ -166,7 +169,7 @@ def color_words(thing) -> str:
     own = offsets[thing.color]
     if abs(own) < NAMED_WITHIN:
         return thing.color
-    across = [color for color in COLORS if offsets[color] * own < 0]
+    across = [color for color in COLORS if offsets[color] * own < 0]        # on the side to which it leans
     return min(across, key=lambda color: abs(offsets[color])) + " " + thing.color
 
 

@@ -1,4 +1,4 @@
-"""The loss of each task, and what training puts on a model's blocks from outside.
+"""The loss of each task, and the wrappers that training puts on a model's blocks.
 
 Letters: B batch, h×w token grid, N = h·w, C latent channels, D MAR width. A mask (B, N) is True = hidden.
 """

@@ -32,7 +32,7 @@ def peak_memory(device):
 
 
 class Monitor:
-    """Collects what micro-batches and steps report. Rank 0 writes the means over all processes."""
+    """Collects losses and times of micro-batches and steps. Rank 0 writes the means over all processes."""
 
     def __init__(self, folder, name, tasks, step, last_step, rank=0, world_size=1):
         self.folder = Path(folder)
@@ -113,8 +113,9 @@ class Monitor:
     def mean_losses(self, device):
         """{task: mean loss over the micro-batches of all processes}, of the tasks that had any."""
         sums = [[sum(map(float, losses)), len(losses)] for losses in self.losses.values()]
-        sums = torch.tensor(sums, dtype=torch.float64, device=device)
+        sums = torch.tensor(sums, dtype=torch.float64)
         if self.world_size > 1:
+            sums = sums.to(device)
             dist.all_reduce(sums)
         counted = zip(self.tasks, sums.tolist(), strict=True)
         return {task: round(total / count, 6) for task, (total, count) in counted if count}

@@ -23,7 +23,7 @@ from harmonkit.shapes_world.tokenizer import train_tokenizer
 from harmonkit.training.optim import load_state, make_optimizer, parameter_groups
 from harmonkit.training.recipes import settings
 
-FORMAT = 1                        # of checkpoints; raise it when older ones can no longer resume exactly
+FORMAT = 1                        # of checkpoints; raise it with a change after which none resumes exactly
 DATA_SETTINGS = {"batch", "micro_batch", "seed", "ratio", "scenes"}         # the data depend on them
 
 
@@ -167,7 +167,7 @@ class Run:
             old.unlink()
 
 
-# ---- what a new run starts with ----------------------------------------------------------------------------
+# ---- the start of a new run --------------------------------------------------------------------------------
 
 def first_model(name, recipe, args) -> Harmon:
     """The model of --init or of the recipe before, or one made of components and random weights."""
