@@ -34,7 +34,7 @@ def state(small):
 
 @pytest.fixture
 def hugging_face(small, state, tmp_path):
-    """A folder with config.json and tokenizer.json as on the hub, and weights for it: tied, without a head."""
+    """A folder with config.json and tokenizer.json as on the hub; weights for it, tied, so without a head."""
     content = SMALL.to_json()
     content["mar"] |= {"type": "mar_base", "num_sampling_steps": "8"}
     (tmp_path / "config.json").write_text(json.dumps(content))
