@@ -54,7 +54,8 @@ def compact(output):
     if "image/png" in output.get("data", {}):
         image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
         file = io.BytesIO()
-        image.quantize(256, Image.Quantize.MAXCOVERAGE).save(file, "PNG", optimize=True)
+        image = image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=4)
+        image.save(file, "PNG", optimize=True)
         output.data["image/png"] = base64.b64encode(file.getvalue()).decode()
 
 
@@ -67,7 +68,8 @@ def run(path, write):
     notebook.cells += map(nbformat.v4.new_code_cell, SOLUTION.findall(sources(notebook, "markdown")))
     try:
         NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False,
-                       coalesce_streams=True, resources={"metadata": {"path": str(FOLDER)}}).execute()
+                       coalesce_streams=True, extra_arguments=["--log-level=ERROR"],
+                       resources={"metadata": {"path": str(FOLDER)}}).execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         return [re.sub(r"\x1b\[[0-9;]*m", "", str(error))]                      # without color codes
     notebook.cells = cells

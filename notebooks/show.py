@@ -81,9 +81,10 @@ def grid(rows, *, titles=(), labels=(), size=1.5, cmap="viridis", limits=None, b
     """
     columns, margin = max(map(len, rows)), 0.8 * bool(bar) + bool(labels)
     size = min(size, (WIDTH - margin) / columns)
-    titles = [titles] if titles and isinstance(titles[0], str) else titles
+    if titles and isinstance(titles[0], str):
+        titles = [titles] + [[]] * (len(rows) - 1)
     titles = [[fill(title, int(13 * size)) for title in row] for row in titles]
-    title_lines = sum(1 + max(title.count("\n") for title in row) for row in titles)
+    title_lines = sum(max((title.count("\n") + 1 for title in row), default=0) for row in titles)
     figsize = columns * size + margin, len(rows) * (size + 0.06) + 0.19 * title_lines
     fig, axes = plt.subplots(len(rows), columns, squeeze=False, figsize=figsize)
     plt.setp(list(axes.flat), xticks=[], yticks=[], frame_on=False)
@@ -96,7 +97,8 @@ def grid(rows, *, titles=(), labels=(), size=1.5, cmap="viridis", limits=None, b
             if torch.is_tensor(x) and x.ndim == 3:
                 x = ((x + 1) / 2).clamp(0, 1).permute(1, 2, 0)
             axes[r, c].imshow(x, cmap=cmap, norm=scale)
-            axes[r, c].set_title(titles[r][c] if r < len(titles) else "", pad=3)
+        for c, title in enumerate(titles[r] if titles else ()):
+            axes[r, c].set_title(title, pad=3)
         axes[r, 0].set_ylabel(fill(labels[r], 13) if labels else "", rotation=0, ha="right", va="center")
     if bar:
         fig.colorbar(ScalarMappable(scale, cmap), ax=axes, label=bar, shrink=0.9, pad=0.01)

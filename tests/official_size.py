@@ -1,10 +1,10 @@
 """Random weights in the official files' layouts and sizes: do they load, how fast, in how much memory?
 
-    python -m tests.official_size 0.5b --folder /tmp/official           # writes 2 to 12 GB there, prints a table
-    python -m tests.official_size 0.5b --folder /tmp/official --draw    # also draws an image, 256 px in 4 steps
+    python -m tests.official_size 0.5b --folder /tmp/official           # writes 2 to 12 GB, prints a table
+    python -m tests.official_size 0.5b --folder /tmp/official --draw    # also draws 256 px in 4 steps
 
-Run it in the project's root. Peak memory is the largest resident set of a process. It includes the pages of the
-mapped file that were read, which the system can reclaim.
+Run it in the project's root. Peak memory is the largest resident set of a process. It includes the pages of
+the mapped file that were read, which the system can reclaim.
 """
 import argparse
 import json

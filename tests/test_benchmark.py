@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SMALL
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harmonkit.fast import accelerate
 from harmonkit.scripts import benchmark
@@ -18,12 +19,12 @@ def small_sizes(monkeypatch):
 
 
 def settings(**changes):
-    values = dict(model="small", size=None, steps=3, images=2, repeat=1, count=False, mode="eager", dtype="float32",
-                  device=torch.device("cpu"), variants=["plain"])
+    values = dict(model="small", size=None, steps=3, images=2, repeat=1, count=False, mode="eager",
+                  dtype="float32", device=torch.device("cpu"), variants=["plain"])
     return SimpleNamespace(**values | changes)
 
 
-# ---- counting ------------------------------------------------------------------------------------------------
+# ---- counting ----------------------------------------------------------------------------------------
 
 def linear(rows, *widths):
     """FLOP of linear layers between these widths."""
@@ -35,7 +36,8 @@ def attention(rows, L, S, width):
 
 
 def vit_block(rows, L, D):
-    return linear(rows * L, D, 3 * D) + attention(rows, L, L, D) + linear(rows * L, D, D) + linear(rows * L, D, 4 * D, D)
+    projections = linear(rows * L, D, 3 * D) + linear(rows * L, D, D)
+    return projections + attention(rows, L, L, D) + linear(rows * L, D, 4 * D, D)
 
 
 def test_the_arithmetic_by_hand():
@@ -74,11 +76,11 @@ def test_the_meta_device_counts_what_the_cpu_computes(small):
     def counted(model):
         return benchmark.by_part(benchmark.count, model, lambda: benchmark.draw(model, args))
     on_meta = counted(benchmark.make_model(args, "meta"))
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):            # counted as its products
+    with sdpa_kernel(SDPBackend.MATH):                      # whose products FlopCounterMode counts
         assert counted(small) == on_meta
 
 
-# ---- timing --------------------------------------------------------------------------------------------------
+# ---- timing ------------------------------------------------------------------------------------------
 
 def test_parts_are_timed_and_released(small):
     whole, seconds = benchmark.clock(
@@ -90,13 +92,13 @@ def test_parts_are_timed_and_released(small):
 
 
 def test_calls_of_a_part_add_up(monkeypatch, small):
-    """With a clock that says 1 the sums are the numbers of calls: K each, the LLM once more for the prompt."""
+    """With a clock that says 1 the sums are the numbers of calls: K, and for the LLM one more, the prompt."""
     calls = benchmark.by_part(lambda run: (1, run()), small, lambda: benchmark.draw(small, settings()))
     assert calls == {"encoder": 3, "LLM": 4, "decoder": 3, "head": 3, "VAE decoder": 1}
 
 
 def test_the_median_leaves_out_the_warm_up(monkeypatch):
-    times = iter([0, 50, 50, 51, 51, 54])                   # runs of 50, 1 and 3 seconds, after one without a clock
+    times = iter([0, 50, 50, 51, 51, 54])                   # runs of 50, 1 and 3 seconds after the warm-up
     monkeypatch.setattr(benchmark, "timer", lambda: next(times))
     runs = []
     assert benchmark.seconds(lambda: runs.append(1), 3) == 3 and len(runs) == 4
@@ -133,7 +135,7 @@ def test_transformers_has_the_same_sizes(small):
     assert {name: p.shape for name, p in theirs.named_parameters()} == ours and theirs.dtype == small.dtype
 
 
-# ---- training ------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------
 
 def test_training_steps_change_the_weights(monkeypatch):
     """Every variant takes real steps on latents or pixels, with the recipe's micro-batch of 4."""
@@ -154,7 +156,8 @@ def test_training_steps_change_the_weights(monkeypatch):
     for row in rows.values():
         assert row["samples/s"] == pytest.approx(4 / row["seconds"]) and row["peak GB"] > 0.1
     inputs = {task[-1] for task in tasks}
-    assert {task[0] for task in tasks} == {"text2image"} and inputs == {"latents", "pixels"} and len(tasks) == 4
+    assert {task[0] for task in tasks} == {"text2image"} and len(tasks) == 4
+    assert inputs == {"latents", "pixels"}
     torch.manual_seed(0)
     before = make_model(settings(), "cpu")
     trained = models[0]
@@ -164,7 +167,7 @@ def test_training_steps_change_the_weights(monkeypatch):
     assert is_wrapped == [False, True]
 
 
-# ---- the command ---------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------
 
 def test_the_table(monkeypatch, tmp_path, capsys):
     """A machine of 2 GFLOP/s and 4 GB/s: the floor of 3 GFLOP is 1.5 s, that of 1 GB 0.25 s."""

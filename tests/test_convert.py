@@ -14,7 +14,7 @@ from harmonkit.scripts import convert
 
 @pytest.fixture
 def official(small, tmp_path, monkeypatch):
-    """A .pth in bfloat16 without VAE, a kl16.ckpt in float32 and a tokenizer.json, as the authors publish them."""
+    """A .pth in bfloat16 without a VAE, a kl16.ckpt in float32 and a tokenizer.json, like the published."""
     state = small.state_dict()
     rest = {name: tensor.bfloat16() for name, tensor in state.items() if not name.startswith("vae.")}
     vae = {name.removeprefix("vae."): tensor for name, tensor in state.items() if name.startswith("vae.")}

@@ -24,7 +24,8 @@ def test_stage3_of_the_1_5b(capsys):
         "  mar-encoder      399.6 M parameters   learning rate 2e-06",
         "  llm             1543.7 M parameters   learning rate 2e-06",
         "  vae               66.5 M parameters   frozen"]
-    assert "    llm, weight decay 0.02: 1543.6 M in 197 tensors" in lines      # 28 layers of 7 matrices, embedding
+    # 28 layers of 7 matrices, and the embedding.
+    assert "    llm, weight decay 0.02: 1543.6 M in 197 tensors" in lines
     assert lines[-3] == "  batch 1024 = 8 processes × micro-batch 4 × accumulation 32"
     assert lines[-2] == "  warm-up 500 steps, then cosine to 0; 51.2 M samples in all"
     assert "weights (float32) 10.2, gradients 10.0, AdamW 20.0, averaged weights 10.0," in lines[-1]
@@ -56,4 +57,5 @@ def test_activations_by_hand():
     assert activation_bytes(SMALL, replace(recipe, checkpointing=True)) == checkpointed
     assert activation_bytes(SMALL, replace(recipe, checkpointing=False)) == (
         2 * tokens * (34 * channels + head) + scores)
-    assert activation_bytes(SMALL, replace(recipe, max_length=10_000)) == checkpointed + 10 * 512 * (1024 - 20)
+    longer = replace(recipe, max_length=10_000)
+    assert activation_bytes(SMALL, longer) == checkpointed + 10 * 512 * (1024 - 20)

@@ -269,6 +269,20 @@ def test_understanding_trains_the_encoder_with_a_tenth(small, latents, dialog):
     assert torch.allclose(10 * tenth[0], full[0], rtol=1e-3, atol=1e-6) and torch.equal(tenth[1], full[1])
 
 
+def test_reconstruction_alignment_passes_a_tenth_through_the_prompt(small, latents, dialog):
+    """With every token hidden, the latents reach the features through the prompt alone."""
+    ids, real, _ = dialog
+    mask = torch.ones(2, N, dtype=torch.bool)
+
+    def gradient(grad_scale):
+        model, x = copy.deepcopy(small), latents.clone().requires_grad_()
+        model.grad_scale = grad_scale
+        model.masked_features(x, mask, ids, real).square().sum().backward()
+        return x.grad
+    tenth, full = gradient(0.1), gradient(1.0)
+    assert full.any() and torch.allclose(10 * tenth, full, rtol=1e-3, atol=1e-5 * full.abs().max().item())
+
+
 def test_losses_of_pixels_are_those_of_their_latents(small, dialog):
     pixels = torch.rand(2, 3, 32, 32, generator=generator()) * 2 - 1
     latents = small.encode(pixels).detach()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import shake
 
 from llm import KVCache, Qwen2, QwenConfig, RMSNorm, apply_rotary_emb, rotary_embedding
@@ -72,6 +73,21 @@ def test_padding_changes_nothing(llm, side):
     assert torch.allclose(out[0, real], alone[0, :6], atol=1e-5)
     longer = torch.cat([real, torch.ones(3, dtype=torch.bool)])[None]
     assert torch.allclose(llm(tail, attention_mask=longer, cache=cache), alone[:, 6:], atol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_attends_to_itself(llm, monkeypatch):
+    """A row of the mask without a key has no softmax; torch gives 0 or NaN for it, by its version."""
+    masks = []
+
+    def record(q, k, v, attn_mask):
+        masks.append(attn_mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+    monkeypatch.setattr("llm.scaled_dot_product_attention", record)
+    llm(ids(1, 6), attention_mask=torch.arange(6)[None] >= 4)
+    assert masks[0][0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]]
 
 
 @torch.no_grad()

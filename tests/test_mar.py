@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL, shake
 
-from mar import MAR, MARConfig, Randomness, Sampling, first_masked, mask_schedule, random_mask
+from mar import (
+    MAR,
+    MARConfig,
+    Randomness,
+    Sampling,
+    first_masked,
+    get_2d_sincos_pos_embed,
+    mask_schedule,
+    random_mask,
+)
 
 GRID = (4, 4)
 NO_LAYERS = replace(SMALL.mar, encoder_depth=0, decoder_depth=0)
@@ -105,12 +114,13 @@ def test_position_embeddings_resize_the_image_part_only(mar):
 def test_the_buffers_can_hold_a_class(mar, tokens, mask):
     plain = mar.encode(tokens, mask, GRID)
     assert torch.equal(mar.encode(tokens, mask, GRID, torch.tensor([-1, -1])), plain)
-    labelled = mar.encode(tokens, mask, GRID, torch.tensor([-1, 1]))
-    assert torch.equal(labelled[0], plain[0])
-    other = shake(MAR(SMALL.mar), seed=1)
-    other.fake_latent.copy_(mar.class_emb.weight[1])
-    assert torch.allclose(labelled[1], other.encode(tokens, mask, GRID)[1], atol=1e-6)
-    assert not torch.allclose(labelled[1], plain[1], atol=1e-2)
+    for label in (0, 1):
+        labelled = mar.encode(tokens, mask, GRID, torch.tensor([-1, label]))
+        assert torch.equal(labelled[0], plain[0])
+        other = shake(MAR(SMALL.mar), seed=1)
+        other.fake_latent.copy_(mar.class_emb.weight[label])
+        assert torch.allclose(labelled[1], other.encode(tokens, mask, GRID)[1], atol=1e-6)
+        assert not torch.allclose(labelled[1], plain[1], atol=1e-2)
 
 
 @torch.no_grad()
@@ -122,6 +132,16 @@ def test_dropout_is_for_training_only(part):
     out = layer.train()(x)
     assert (out == 0).float().mean().item() == pytest.approx(0.5, abs=0.02), "of the output"
     assert out[out != 0].unique().numel() > 10_000, "of attention weights and of hidden features"
+
+
+def test_sines_of_row_and_column():
+    table = get_2d_sincos_pos_embed(8, 4)                                   # (16, 8)
+    row, column = 3, 1
+    angles = [row * math.pi / 2, row * math.pi / 4, column * math.pi / 2, column * math.pi / 4]
+    sines, cosines = torch.tensor(angles).sin(), torch.tensor(angles).cos()
+    expected = torch.cat([sines[:2], cosines[:2], sines[2:], cosines[2:]])
+    assert torch.allclose(table[row * 4 + column], expected, atol=1e-6)
+    assert get_2d_sincos_pos_embed(10, 4)[:, 8:].tolist() == [[0, 0]] * 16
 
 
 def test_attention_starts_local():

@@ -58,7 +58,7 @@ def test_an_image_depends_on_its_prompt_and_seed_not_on_its_batch(small):
 
 @pytest.mark.parametrize("settings", [
     {"cfg": 1.0}, {"cfg_schedule": "linear"}, {"num_iter": 1}, {"num_iter": 40}, {"temperature": 0.0},
-    {"solver": "ddim"}, {"solver": "dpm++", "num_sampling_steps": 4}, {"num_sampling_steps": 5},
+    {"solver": "ddim"}, {"solver": "dpm++", "num_sampling_steps": 4}, {"num_sampling_steps": 20},
 ])
 def test_every_setting_matters(small, settings):
     plain, other = latents_of(small, "a red circle", 1), latents_of(small, "a red circle", 1, **settings)

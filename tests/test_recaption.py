@@ -46,12 +46,13 @@ def write_captions(folder, rows):
 
 def results(folder):
     """{line: row} of the complete lines. Fails if a line is there twice."""
-    rows = [row for file in (folder / "out").glob("*.jsonl") for _, row in recaption.read_lines(file, "line", int)]
+    files = (folder / "out").glob("*.jsonl")
+    rows = [row for file in files for _, row in recaption.read_lines(file, "line", int)]
     assert len(rows) == len({row["line"] for row in rows})
     return {row["line"]: row for row in rows}
 
 
-# ---- rewriting -----------------------------------------------------------------------------------------------
+# ---- rewriting ---------------------------------------------------------------------------------------
 
 def test_a_batch_gives_the_prompts_of_single_captions(qwen):
     """Also against `Qwen2.generate`, whose prompt is written out here."""
@@ -60,30 +61,34 @@ def test_a_batch_gives_the_prompts_of_single_captions(qwen):
     assert len(set(together)) == 3
     for caption, prompt in zip(CAPTIONS, together, strict=True):
         assert recaption.rewrite(llm, tokenizer, [caption], max_new_tokens=12) == [prompt]
-        text = ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
-                "<|im_start|>user\nHere is a detailed image description: " + caption.strip().rstrip(".") +
-                ". Rewrite it into a much shorter, vivid, and visually rich sentence (one or two sentences) that "
-                "captures only the most essential elements and atmosphere of the scene. Ensure the description is "
-                "concise, clear, and optimized for use with a text-to-image generation model.<|im_end|>\n"
-                "<|im_start|>assistant\n")
-        ids = torch.tensor([tokenizer.encode(text).ids])
-        tokens = llm.generate(llm.model.embed_tokens(ids), max_new_tokens=12, eos_token_id=tokenizer.token_to_id(END))
+        text = (
+            "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+            "<|im_end|>\n<|im_start|>user\nHere is a detailed image description: "
+            + caption.strip().rstrip(".") +
+            ". Rewrite it into a much shorter, vivid, and visually rich sentence (one or two sentences) "
+            "that captures only the most essential elements and atmosphere of the scene. Ensure the "
+            "description is concise, clear, and optimized for use with a text-to-image generation model."
+            "<|im_end|>\n<|im_start|>assistant\n")
+        embeds = llm.model.embed_tokens(torch.tensor([tokenizer.encode(text).ids]))
+        tokens = llm.generate(embeds, max_new_tokens=12, eos_token_id=tokenizer.token_to_id(END))
         assert tokenizer.decode(list(tokens)).strip() == prompt
 
 
 def test_a_folder_without_a_model(tmp_path, capsys):
     write_captions(tmp_path, [])
     with pytest.raises(SystemExit, match="2"):
-        recaption.main([str(tmp_path / "captions.jsonl"), "--llm", str(tmp_path / "none"), "--out", str(tmp_path)])
+        captions = str(tmp_path / "captions.jsonl")
+        recaption.main([captions, "--llm", str(tmp_path / "none"), "--out", str(tmp_path)])
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "none/config.json: no such file" in error
 
 
-# ---- lines ---------------------------------------------------------------------------------------------------
+# ---- lines -------------------------------------------------------------------------------------------
 
 def test_other_columns_stay_and_broken_lines_are_named(command, tmp_path, capsys):
-    lines = [json.dumps({"caption": CAPTIONS[0], "image": "a\u2028é.png"}, ensure_ascii=False), "{broken", "[]", '"x"',
-             '{"text": "no caption"}', '{"caption": " "}', '{"caption": 5}', json.dumps({"caption": CAPTIONS[1]})]
+    unusual = {"caption": CAPTIONS[0], "image": "a\u2028é.png"}
+    lines = [json.dumps(unusual, ensure_ascii=False), "{broken", "[]", '"x"', '{"text": "no caption"}',
+             '{"caption": " "}', '{"caption": 5}', json.dumps({"caption": CAPTIONS[1]})]
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
     command()
     found = results(tmp_path)
@@ -93,11 +98,12 @@ def test_other_columns_stay_and_broken_lines_are_named(command, tmp_path, capsys
     assert [text.split(":")[1] for text in skipped] == ["2", "3", "4", "5", "6", "7"]
 
 
-def test_a_cut_off_line_is_done_again_and_no_other(command, tmp_path, monkeypatch):
+def test_a_cut_off_line_is_done_again_and_no_other(qwen, command, tmp_path, monkeypatch):
     write_captions(tmp_path, [{"caption": CAPTIONS[i % 3]} for i in range(7)])
     command("--batch", "3")
     whole = results(tmp_path)
-    assert sorted(whole) == list(range(7)) and whole[0]["short"] == whole[3]["short"]
+    expected = recaption.rewrite(*recaption.load_llm(qwen, "cpu", torch.float32), CAPTIONS, max_new_tokens=6)
+    assert {line: row["short"] for line, row in whole.items()} == {i: expected[i % 3] for i in range(7)}
 
     # A kill in the last line, the longest caption; what follows must not join it.
     (file,) = (tmp_path / "out").iterdir()
@@ -123,26 +129,28 @@ def test_two_processes_share_the_lines(command, tmp_path, monkeypatch):
         file.unlink()
     monkeypatch.setenv("WORLD_SIZE", "2")
     lines = []
-    for rank in ("0", "1"):                                 # the environment that torchrun gives its processes
+    for rank in ("0", "1"):                                 # as torchrun numbers its processes
         monkeypatch.setenv("RANK", rank)
         command()
         lines.append(sorted(results(tmp_path)))
     assert lines == [[0, 2, 4], [0, 1, 2, 3, 4]] and results(tmp_path) == alone
 
 
-# ---- filters -------------------------------------------------------------------------------------------------
+# ---- filters -----------------------------------------------------------------------------------------
 
 def test_filters():
     row = {"caption": "x", "aesthetic": 6.5, "width": 300, "height": 100}
     assert recaption.passes(row) and recaption.passes({"caption": "x"})
-    assert not recaption.passes(row, min_aesthetic=6.5) and recaption.passes(row | {"aesthetic": 6.51}, min_aesthetic=6.5)
+    assert not recaption.passes(row, min_aesthetic=6.5)
+    assert recaption.passes(row | {"aesthetic": 6.51}, min_aesthetic=6.5)
     assert recaption.passes(row, max_aspect=3) and not recaption.passes(row, max_aspect=2.9)
     assert recaption.passes(row, min_side=100) and not recaption.passes(row, min_side=101)
     assert not recaption.passes(row, max_aspect=3, min_side=101)
     assert not recaption.passes(row, max_aspect=2.9, min_side=100)
 
 
-@pytest.mark.parametrize("flags, column", [(("--min-aesthetic", "6"), "aesthetic"), (("--min-side", "1"), "width")])
+@pytest.mark.parametrize("flags, column", [
+    (("--min-aesthetic", "6"), "aesthetic"), (("--min-side", "1"), "width")])
 def test_a_filter_needs_its_column(flags, column, command, tmp_path, capsys):
     write_captions(tmp_path, [{"caption": "x", "aesthetic": "good", "height": 5}])
     with pytest.raises(SystemExit, match="2"):

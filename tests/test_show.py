@@ -45,7 +45,8 @@ def test_source_unwraps_decorated_methods(capsys):
 
 
 @pytest.mark.parametrize("value, low, high, reached", [
-    (1, 0, 2, True), (3, 0, 2, False), (torch.tensor(3.0), 2, float("inf"), True), (float("nan"), 0, 1, False)])
+    (1, 0, 2, True), (3, 0, 2, False), (torch.tensor(3.0), 2, float("inf"), True),
+    (float("nan"), 0, 1, False)])
 def test_target(capsys, value, low, high, reached):
     assert show.target("x", value, low, high) is reached
     assert capsys.readouterr().out.rstrip().endswith("reached" if reached else "not yet")
@@ -82,7 +83,8 @@ def test_grid_shares_one_scale_with_a_bar():
 
 
 def test_charts_draw_what_they_get():
-    chart = dict(lines={"line": ([0, 1], [1, 2])}, dots={"dots": ([0], [1])}, levels={"level": 1.5}, xlabel="x")
+    chart = dict(lines={"line": ([0, 1], [1, 2])}, dots={"dots": ([0], [1])}, levels={"level": 1.5},
+                 xlabel="x")
     left, right = show.charts(chart, dict(bars={"one": (["a", "b"], [1, 2]), "two": (["a", "b"], [3, 4])}))
     assert left.get_xlabel() == "x" and left.get_legend_handles_labels()[1] == ["line", "dots", "level"]
     assert [label.get_text() for label in right.get_xticklabels()] == ["a", "b"]

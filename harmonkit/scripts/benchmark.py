@@ -5,9 +5,9 @@
     python -m harmonkit.scripts.benchmark --what train --model harmon-1.5b --variants plain compiled
     python -m harmonkit.scripts.benchmark --count --model harmon-1.5b --size 512 --steps 64
 
-Weights are random: only sizes matter. GFLOP are those of products, convolutions and attention, with the head's
-modulations batched; a multiply-add is two. The floor is their time at the rate of a large linear layer, or for
-a token of an answer the time to read the LLM's weights. Packed weights multiply faster than that layer.
+Weights are random: only sizes matter. GFLOP count products, convolutions and attention, with the head's
+modulations batched (fast.py); a multiply-add is two. The floor is their time at the rate of a large linear
+layer, or for a token of an answer the time to read the LLM's weights. Packed weights can be below it.
 """
 import json
 from dataclasses import asdict, replace
@@ -39,14 +39,15 @@ VARIANTS = {                                    # of training: changes to the re
 
 def make_model(args, device):
     """A Harmon with random weights. On the meta device it has none, and running it computes nothing."""
+    config = find_config(args.model)
     torch.set_default_dtype(DTYPES[args.dtype])
     with torch.device(device):
-        model = Harmon(find_config(args.model)).eval()
+        model = Harmon(config).eval()
     torch.set_default_dtype(torch.float32)
     return model
 
 
-# ---- measures: functions of run() that return (number, result) ---------------------------------------------
+# ---- measures: functions of run() that return (number, result) ---------------------------------------
 
 def clock(run):
     """Seconds."""
@@ -100,7 +101,7 @@ def machine_rates(device, dtype, repeat):
     return {key: round(rate, 1) for key, rate in rates.items()}
 
 
-# ---- rows: pairs of a name and {"seconds": …, …} -----------------------------------------------------------
+# ---- rows: pairs of a name and {"seconds": …, …} -----------------------------------------------------
 
 @torch.no_grad()
 def draw(model, args):
@@ -164,13 +165,8 @@ def transformers_llm(model):
     return llm.to(model.device, model.dtype).eval()
 
 
-def train_rows(args):
-    for variant in args.variants:
-        yield f"training step, {variant}", train_row(args, variant)
-
-
 def train_row(args, variant):
-    """Optimizer steps of finetune, one micro-batch each, with prompts of 64 tokens."""
+    """Optimizer steps of finetune, one micro-batch with prompts of 64 tokens each."""
     model = make_model(args, args.device).float().train()
     recipe = replace(recipes.RECIPES["finetune"], **VARIANTS[variant])
     optimizer = optim.make_optimizer(optim.parameter_groups(model, recipe))
@@ -201,7 +197,12 @@ def train_row(args, variant):
     return {"seconds": took, "samples/s": len(ids) / took, "peak GB": peak_memory(args.device) / 1e9}
 
 
-# ---- the command -------------------------------------------------------------------------------------------
+def train_rows(args):
+    for variant in args.variants:
+        yield f"training step, {variant}", train_row(args, variant)
+
+
+# ---- the command -------------------------------------------------------------------------------------
 
 def main(argv=None):
     parser = argument_parser(__doc__)
@@ -228,8 +229,9 @@ def main(argv=None):
             about |= machine_rates(args.device, DTYPES[args.dtype], args.repeat)
         print(about)
         rows = {}
+        rows_of = {"draw": draw_rows, "answer": answer_rows, "train": train_rows}
         for what in ["draw"] if args.count else args.what:
-            for name, row in {"draw": draw_rows, "answer": answer_rows, "train": train_rows}[what](args):
+            for name, row in rows_of[what](args):
                 unit = "GFLOP" if "GFLOP" in row else "GB"
                 if unit in row and "seconds" in row:
                     row["floor"] = row[unit] / about[f"{unit}/s"]

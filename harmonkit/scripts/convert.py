@@ -33,14 +33,14 @@ def main(argv=None):
     parser.add_argument("--out", required=True, help="folder")
     args = parser.parse_args(argv)
     with errors_in_one_line("convert"):
-        tensors = checkpoints.read(checkpoints.find_model(args.models[0]))
-        dtype = DTYPES.get(args.dtype, next(iter(tensors.values())).dtype)
+        path = checkpoints.find_model(args.models[0])
+        dtype = DTYPES.get(args.dtype) or next(iter(checkpoints.read(path).values())).dtype
         # A mean is taken in float32, so that it is rounded once.
         load_dtype = dtype if len(args.models) == 1 else torch.float32
         options = dict(vae=args.vae, tokenizer=args.tokenizer, device="cpu", dtype=load_dtype)
         model = mean_of(Harmon.from_pretrained(path, **options) for path in args.models)
         if model.tokenizer is None:
-            raise ValueError(f"{args.models[0]}: there is no tokenizer in it; give --tokenizer")
+            raise ValueError(f"{path}: there is no tokenizer in it; give --tokenizer")
         model.save_pretrained(args.out, dtype=dtype)
         print(args.out)
 

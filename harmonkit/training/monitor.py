@@ -9,6 +9,7 @@ import json
 import resource
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,11 +17,15 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
+from harmonkit.data.mixture import DESCRIBE
+from mar import Sampling
+
 EVERY = 25                        # steps from one line of the log to the next
 SHOWN = ("lr", "norm", "samples_per_s", "tokens_per_s", "wait", "memory", "unusable")
 PROMPTS = ["a red circle", "three blue stars", "a green square to the left of a yellow triangle",
            "two purple crosses"]
-QUESTION = "Describe the image."
+QUESTION = DESCRIBE
+SAMPLING = Sampling(num_iter=16)
 
 
 def peak_memory(device):
@@ -131,7 +136,7 @@ class Monitor:
         line = {"step": step, "prompts": PROMPTS, "question": QUESTION}
         model.eval()
         for row, kind in enumerate(("raw", "ema")):
-            images = model.generate_image(PROMPTS, size=size, num_iter=16)
+            images = model.generate_image(PROMPTS, size=size, **asdict(SAMPLING))
             line[kind] = "".join(model.chat(QUESTION, images[0], max_new_tokens=32, size=size))
             for column, image in enumerate(images):
                 page.paste(image, (column * size, row * size))
