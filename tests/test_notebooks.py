@@ -7,10 +7,8 @@ import sys
 
 import nbformat
 import pytest
+import run
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "notebooks"))
-import run  # noqa: E402
 
 COMMITTED = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SOURCE = re.compile(r"^([\w/]+\.py):\d+\n((?:.+\n?)*)", re.MULTILINE)       # show.source: file, line, code

@@ -1,5 +1,4 @@
 """notebooks/show.py: the marked figure, printed sources, targets, pictures and charts."""
-import sys
 
 import matplotlib
 import pytest
@@ -7,8 +6,7 @@ import torch
 from conftest import ROOT
 
 matplotlib.use("agg")
-sys.path.insert(0, str(ROOT / "notebooks"))
-import show  # noqa: E402
+import show
 
 BOXES = ("VAE encoder", "MAR encoder", "Qwen2.5 LLM", "MAR decoder", "diffusion head", "VAE decoder")
 
