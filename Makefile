@@ -14,7 +14,8 @@ PIP_FLAGS ?=
 NOTEBOOKS ?=
 BIN = $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
-FAST = architecture chat_template
+FAST = architecture chat_template config devices diffusion_head harmon images latents llm losses mar mixture \
+       optim pipeline recipes show sources vae world
 FAST_TESTS = $(FAST:%=tests/test_%.py)
 
 .PHONY: demo lab lint check test notebooks mutants clean

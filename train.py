@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from harmonkit import fast
 from harmonkit.data.mixture import MixtureDataset, SampleCounts, loss_arguments
 from harmonkit.devices import any_rank, barrier, choose_device, rank_and_world_size
-from harmonkit.scripts.dry_run import dry_run
 from harmonkit.training import runs
+from harmonkit.training.dry_run import dry_run
 from harmonkit.training.losses import Losses, wrap_blocks
 from harmonkit.training.monitor import Monitor, plot
 from harmonkit.training.optim import PARTS, schedule

@@ -21,7 +21,7 @@ LEVELS = (
     ("harmon", "harmonkit.shapes_world"),
     ("harmonkit.data", "harmonkit.evals"),
     ("harmonkit.training",),
-    ("sample", "train", "harmonkit.scripts.dry_run"),           # dry_run is a part of train.py
+    ("sample", "train"),
     ("harmonkit.scripts",),                                     # ablate runs train.py
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -96,14 +96,13 @@ def room_of(module):
 
 
 def may_import(module, other) -> bool:
-    """Down, or within a room, or within the core; train and dry_run are one."""
+    """Down, or within a room, or within the core."""
     if module.startswith(f"{other}."):                          # the packages around a module
         return True
     room, other_room = room_of(module), room_of(other)
     is_below = LEVEL_OF[other_room] < LEVEL_OF[room]
     is_core = room in LEVELS[2] and other_room in LEVELS[2]
-    is_dry_run = (module, other) == ("train", "harmonkit.scripts.dry_run")
-    return is_below or room == other_room or is_core or is_dry_run
+    return is_below or room == other_room or is_core
 
 
 def find_upward(graph) -> list:
@@ -194,8 +193,10 @@ def test_the_root_holds_seven_python_files():
 
 
 def python_files():
-    folders = ("harmonkit", "porting", "notebooks", "tests")
-    return [*ROOT.glob("*.py"), *(path for folder in folders for path in ROOT.glob(f"{folder}/**/*.py"))]
+    paths = list(ROOT.glob("*.py"))
+    for folder in ("harmonkit", "porting", "notebooks", "tests"):
+        paths += ROOT.glob(f"{folder}/**/*.py")
+    return paths
 
 
 def test_no_file_patches_the_search_path():
@@ -213,6 +214,7 @@ def test_no_file_patches_the_search_path():
 def test_lines_have_at_most_110_columns():
     paths = python_files()
     assert len(paths) > 50
+    paths.remove(ROOT / "tests" / "golden" / "reference_weights.py")        # the original's, word for word
     too_long = []
     for path in paths:
         for number, line in enumerate(path.read_text().splitlines(), start=1):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import SMALL
 
-from harmonkit.scripts.dry_run import activation_bytes, dry_run
+from harmonkit.training.dry_run import activation_bytes, dry_run
 from harmonkit.training.recipes import RECIPES
 
 

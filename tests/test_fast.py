@@ -265,9 +265,9 @@ def test_flash_attention_is_called_with_its_own_layout(monkeypatch):
 
 @pytest.fixture
 def unpatched(monkeypatch):
-    """The attention functions of mar and llm return to what they are when the test ends."""
+    """mar and llm begin with torch's attention; their functions return when the test ends."""
     for module in (mar, llm):
-        monkeypatch.setattr(module, "scaled_dot_product_attention", module.scaled_dot_product_attention)
+        monkeypatch.setattr(module, "scaled_dot_product_attention", F.scaled_dot_product_attention)
     return monkeypatch
 
 

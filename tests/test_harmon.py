@@ -210,6 +210,16 @@ def test_guidance_by_the_same_prompt_changes_nothing(small):
     assert not torch.allclose(guided, plain, atol=0.1)
 
 
+def test_a_step_without_guidance_draws_the_conditional_rows(small):
+    """Of one masked token the linear schedule's only weight is 1, while the prompts come in pairs."""
+    ids, real = prompt(small, [PROMPTS[0], UNCONDITIONAL])
+    canvas = torch.zeros(1, 4, 4, 4), torch.arange(N)[None] == 5
+    settings = dict(num_iter=1, canvas=canvas)
+    guided = small.sample(ids, real, cfg=3.0, cfg_schedule="linear", generator=generator(), **settings)
+    plain = small.sample(ids[:1], real[:1], cfg=1.0, generator=generator(), **settings)
+    assert torch.allclose(guided, plain, atol=1e-4)
+
+
 def test_known_tokens_of_a_canvas_stay(small, latents):
     """Eight tokens are known; those that are not start at 0, whatever the canvas holds there."""
     ids, real = prompt(small, PROMPTS)
@@ -223,6 +233,7 @@ def test_known_tokens_of_a_canvas_stay(small, latents):
     assert [int(hidden.sum()) for _, hidden in steps] == [2 * m for m in mask_schedule(8, 3)[1:]]
     for tokens, hidden in steps:
         assert torch.equal(tokens[~mask], known) and not hidden[~mask].any()
+        assert not tokens[hidden].any()
     assert not torch.equal(steps[-1][0][mask], latents.flatten(1, 2)[mask])
     spoiled = torch.where(mask.view(2, 4, 4, 1), math.inf, latents).nan_to_num(posinf=1e3)
     again = small.sample(ids, real, canvas=(spoiled, mask), generator=generator(), **settings)

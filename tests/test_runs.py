@@ -3,7 +3,16 @@ import signal
 import pytest
 import torch
 from conftest import SMALL, shake
-from training_helpers import ALL, SHORT, SMALL_64, equal, options, run, small_world, uninterrupted  # noqa: F401
+from training_helpers import (  # noqa: F401
+    ALL,
+    SHORT,
+    SMALL_64,
+    equal,
+    options,
+    run,
+    small_world,
+    uninterrupted,
+)
 
 import train
 from harmon import Harmon

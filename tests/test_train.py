@@ -9,7 +9,16 @@ import time
 import pytest
 import torch
 from conftest import ROOT, shake
-from training_helpers import SHORT, SMALL_64, equal, log, options, run, small_world, uninterrupted  # noqa: F401
+from training_helpers import (  # noqa: F401
+    SHORT,
+    SMALL_64,
+    equal,
+    log,
+    options,
+    run,
+    small_world,
+    uninterrupted,
+)
 
 import train
 from harmon import Harmon

@@ -104,7 +104,7 @@ def machine_rates(device, dtype, repeat):
 # ---- rows: pairs of a name and {"seconds": …, …} -----------------------------------------------------
 
 @torch.no_grad()
-def draw(model, args):
+def draw(model, args, num_sampling_steps=None):
     """Text to image with guidance, after prompts of 16 tokens."""
     h, w = token_grid(model, args.size)
     ids = torch.ones(2 * args.images, 16, dtype=torch.long, device=model.device)
@@ -112,7 +112,7 @@ def draw(model, args):
     # The mask's values are needed also where all else is on the meta device.
     mask_device = "cpu" if model.device.type == "meta" else model.device
     mask = torch.ones(args.images, h * w, dtype=torch.bool, device=mask_device)
-    settings = Sampling(num_iter=args.steps)
+    settings = Sampling(num_iter=args.steps, num_sampling_steps=num_sampling_steps)
     *_, (tokens, _) = model.sample_steps(ids, ids.bool(), settings, Randomness(), (tokens, mask), (h, w))
     model.decode(tokens.unflatten(1, (h, w)))
 
@@ -120,7 +120,10 @@ def draw(model, args):
 def draw_rows(args):
     meta_model = make_model(args, "meta")
     fast.batch_modulations(meta_model.mar.diffloss)
-    gflop = by_part(count, meta_model, partial(draw, meta_model, args))
+    # All diffusion steps take the same arithmetic, so one and two of them are counted.
+    one, two = (by_part(count, meta_model, partial(draw, meta_model, args, S)) for S in (1, 2))
+    more = meta_model.config.mar.diffusion_steps - 1
+    gflop = {part: one[part] + more * (two[part] - one[part]) for part in one}
     gflop = {"text to image": sum(gflop.values())} | gflop
     rows = {name: {"GFLOP": number} for name, number in gflop.items()}
     if not args.count:
