@@ -295,8 +295,8 @@ class DiffusionHead(nn.Module):
         z (M, D), or with cfg != 1 (2M, D) = [conditional; unconditional]. temperature: factor on the noise of
         each step. noise_fn(shape) -> tensor gives every Gaussian draw: the start (M, C), then, for the
         ancestral solver, one for each step but the last. solver: a name in SOLVERS; ddim and dpm++ add no
-        noise and need fewer steps. num_sampling_steps: default the constructor's. Raises ValueError for an
-        unknown solver or number of steps.
+        noise. num_sampling_steps: default the constructor's. Raises ValueError for an unknown solver or
+        number of steps.
         """
         check_solver(solver, temperature)
         guided = cfg != 1

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from harmonkit.chat_template import load_tokenizer
-from harmonkit.config import HarmonConfig, infer_config, read_json
+from harmonkit.config import HARMON_SIZES, HarmonConfig, infer_config, read_json
 
 PACKAGE = Path(__file__).resolve().parent
 BUNDLED = PACKAGE / "bundled"                       # of an installed package
@@ -47,7 +47,7 @@ def find_model(path) -> Path:
 
 def find_config(model) -> HarmonConfig:
     """The configuration of an official name, or of a model folder. Raises FileNotFoundError, ValueError."""
-    if model in ("harmon-0.5b", "harmon-1.5b"):
+    if model in HARMON_SIZES and not (BUNDLED / model).is_dir():
         return HarmonConfig.from_name(model)
     file = find_model(model) / "config.json"
     return HarmonConfig.from_json(read_json(file), file)

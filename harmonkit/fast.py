@@ -28,20 +28,19 @@ MODES = ("auto", "eager", "packed", "compiled")
 
 
 def accelerate(model, mode: str):
-    """Put a mode's fast paths on a Harmon, in place, for inference; results stay the same up to rounding.
-    Returns it.
+    """Put a mode's fast paths on a Harmon, in place, for inference; results change by rounding. Returns it.
 
-    auto: packed weights where they measured faster, packing time included; else eager. Raises ValueError for
-    an unknown mode, or for packed where weights cannot be packed.
+    All but eager batch the modulations; auto also packs the weights where that measured faster, packing time
+    included. Raises ValueError for an unknown mode, or for packed where weights cannot be packed.
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
-    if mode == "auto":
-        # Products of a narrow float32 model take less time than the call to oneDNN.
-        pays = model.dtype == torch.bfloat16 or model.config.llm.hidden_size >= 512
-        mode = "packed" if pays and packable(model.device, model.dtype) else "eager"
     if mode != "eager":
         batch_modulations(model.mar.diffloss)
+    if mode == "auto" and packable(model.device, model.dtype):
+        # Products of a narrow float32 model take less time than the call to oneDNN.
+        pays = model.dtype == torch.bfloat16 or model.config.llm.hidden_size >= 512
+        mode = "packed" if pays else mode
     if mode != "eager" and model.device.type == "cuda":
         patch_attention(model.device)
     if mode == "packed":
