@@ -58,7 +58,7 @@ def test_the_dtype_of_auto(tmp_path, monkeypatch, multiplies, dtype):
     assert choose_dtype(tmp_path, CPU) == dtype, "a folder counts with all its shards"
 
 
-def test_one_process_waits_for_nobody():
+def test_one_process_needs_no_group():
     barrier()
     assert any_rank(True, CPU) is True and any_rank(False, CPU) is False
 
