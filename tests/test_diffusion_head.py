@@ -219,11 +219,13 @@ def test_guidance_moves_the_noise_and_keeps_the_variance(head, z, monkeypatch):
         conditional = torch.arange(len(x)) < len(x) // 2
         eps = torch.where(conditional, 2.0, 1.0)[:, None].expand(-1, 4)
         return torch.cat([eps, 2 * eps - 3], dim=1)
+    head.x0_clip = 3.0
     monkeypatch.setattr(head.net, "forward", constant)
     sample = head.sample(z, cfg=3.0, noise_fn=draws(1))
     guided = torch.tensor([4.0] * 4 + [1.0] * 4)
     monkeypatch.setattr(head.net, "forward", lambda x, t, z: guided.expand(len(x), 8))
     assert torch.allclose(sample, head.sample(z[:3], noise_fn=draws(1))), "1 + 3 · (2 - 1) is 4"
+    assert not torch.allclose(sample, head.sample(z[:3], noise_fn=draws(2)), atol=0.1)
 
 
 def test_guidance_between_equal_halves_is_none(head, z):

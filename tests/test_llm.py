@@ -39,6 +39,18 @@ def test_equals_transformers(tied):
 
 
 @torch.no_grad()
+def test_a_key_head_serves_consecutive_query_heads(llm):
+    """A model with a key head for every query head, each copied from its group's, is the same."""
+    wide = Qwen2(QwenConfig(**SIZES | {"num_key_value_heads": 6}))
+    state = dict(llm.state_dict())
+    for name, tensor in state.items():
+        if "k_proj" in name or "v_proj" in name:
+            state[name] = tensor.unflatten(0, (2, 8)).repeat_interleave(3, dim=0).flatten(0, 1)
+    wide.load_state_dict(state)
+    assert torch.allclose(wide(ids(2, 9)), llm(ids(2, 9)), atol=1e-5)
+
+
+@torch.no_grad()
 def test_cached_equals_uncached_token_by_token(llm):
     x, cache = ids(2, 9), KVCache()
     full = llm(x)

@@ -95,10 +95,14 @@ def test_batches_do_not_depend_on_processes(folder, tmp_path, main, monkeypatch)
     flags = ("--model", folder, "--prompts", tmp_path / "prompts.json", "--num-images", 2, "--steps", 3)
     status, out, _ = main(*flags, "--out", tmp_path / "one")
     assert status == 0 and out.split()[1] == str(tmp_path / "one" / "00001-a-red-circle.png")
+    printed = []
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "3")
-        assert main(*flags, "--out", tmp_path / "three", "--batch-size", 3)[0] == 0
+        status, out, _ = main(*flags, "--out", tmp_path / "three", "--batch-size", 3)
+        assert status == 0
+        printed.append(len(out.split()))
+    assert printed == [2, 1, 1], "each prompt is drawn by one process"
     one, three = images_in(tmp_path / "one"), images_in(tmp_path / "three")
     assert one.keys() == three.keys() and len(one) == 4 * 3
     for name in one:
