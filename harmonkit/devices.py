@@ -40,7 +40,8 @@ def choose_dtype(path, device) -> torch.dtype:
     path = find_model(path)
     files = path.glob("*.safetensors") if path.is_dir() else [path]
     is_small = sum(file.stat().st_size for file in files) < 10 ** 9
-    return torch.float32 if is_small or not torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.bfloat16
+    has_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if has_bfloat16 and not is_small else torch.float32
 
 
 def barrier():
