@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffusion_head import DiffusionHead, check_solver
+from diffusion_head import DiffusionHead, T, check_solver
 
 
 @dataclass(frozen=True)
@@ -219,10 +219,14 @@ class Sampling:
     solver: str = "ancestral"               # of the diffusion head; or "ddim", "dpm++"
 
     def __post_init__(self):
-        for name, least in (("num_iter", 1), ("cfg", 0), ("temperature", 0), ("num_sampling_steps", 1)):
-            value = getattr(self, name)
-            if value is not None and not least <= value < math.inf:
-                raise ValueError(f"{name} is {value}; it must be a number from {least} up")
+        for name in ("cfg", "temperature"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number from 0 up")
+        if not isinstance(self.num_iter, int) or self.num_iter < 1:
+            raise ValueError(f"num_iter is {self.num_iter}; it must be a whole number from 1 up")
+        S = self.num_sampling_steps
+        if S is not None and (not isinstance(S, int) or not 1 <= S <= T):
+            raise ValueError(f"num_sampling_steps is {S}; it must be a whole number from 1 to {T}")
         if self.cfg_schedule not in ("constant", "linear"):
             raise ValueError(f"cfg_schedule is {self.cfg_schedule!r}; known: constant, linear")
         check_solver(self.solver, self.temperature)

@@ -58,6 +58,15 @@ def test_the_dtype_of_auto(tmp_path, monkeypatch, multiplies, dtype):
     assert choose_dtype(tmp_path, CPU) == dtype, "a folder counts with all its shards"
 
 
+def test_a_torch_without_onednn_computes_in_float32(tmp_path, monkeypatch):
+    """Such a build has no function to ask for products of bfloat16."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    with open(tmp_path / "large.pth", "wb") as file:
+        file.truncate(2 * 10 ** 9)                                          # sparse
+    assert choose_dtype(tmp_path / "large.pth", CPU) == torch.float32
+
+
 def test_one_process_needs_no_group():
     barrier()
     assert any_rank(True, CPU) is True and any_rank(False, CPU) is False

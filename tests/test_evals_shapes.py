@@ -148,7 +148,7 @@ def test_the_command_prints_the_other_tables(monkeypatch, capsys):
     ("--prompts 1", "--prompts is 1; it must be at least 2"),
     ("--questions 0", "--questions is 0; it must be at least 1"),
     ("--batch 0", "--batch is 0; it must be at least 1"),
-    ("--steps 4 0", "num_iter is 0; it must be a number from 1 up"),
+    ("--steps 4 0", "num_iter is 0; it must be a whole number from 1 up"),
     ("--cfg -1", "cfg is -1.0; it must be a number from 0 up"),
     ("--num-sampling-steps 0", "num_sampling_steps is 0; it must be "),
     ("--model nowhere", "nowhere: no such file or folder")])

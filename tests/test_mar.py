@@ -210,6 +210,7 @@ def test_the_first_of_an_order_are_masked():
     ("num_iter", 0), ("num_iter", -1), ("num_iter", math.nan), ("num_iter", math.inf),
     ("cfg", -0.1), ("cfg", math.nan), ("cfg", math.inf),
     ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf),
+    ("num_iter", 2.5), ("num_sampling_steps", 2.5), ("num_sampling_steps", 1001),
     ("num_sampling_steps", 0), ("num_sampling_steps", math.nan), ("num_sampling_steps", math.inf),
     ("cfg_schedule", "cosine"), ("solver", "euler"),
 ])
