@@ -321,8 +321,9 @@ class DiffusionHead(nn.Module):
 
         def draw_noise():
             shape = (M, self.token_dim)
-            noise = torch.randn(shape, device=z.device) if noise_fn is None else noise_fn(shape)
-            return noise.to(z.device, torch.float32)
+            if noise_fn is None:
+                return torch.randn(shape, device=z.device, dtype=torch.float32)
+            return noise_fn(shape).to(z.device, torch.float32)
         return SOLVERS[solver](predict, diffusion, draw_noise, temperature)
 
     def denoiser(self, z, timesteps):

@@ -166,7 +166,7 @@ class Harmon(nn.Module):
         B, C = rows // halves, self.config.mar.token_dim
         h, w = grid or (self.config.mar.grid, self.config.mar.grid)
         if canvas is None:
-            tokens = torch.zeros(B, h * w, C, device=self.device)
+            tokens = torch.zeros(B, h * w, C, device=self.device, dtype=torch.float32)
             mask = torch.ones(B, h * w, dtype=torch.bool, device=self.device)
         else:
             tokens, mask = canvas[0].flatten(1, 2).to(self.device, torch.float32), canvas[1].to(self.device)
@@ -175,10 +175,10 @@ class Harmon(nn.Module):
                                   Randomness(generator, orders, noise_fn), (tokens, mask), (h, w))
         no_bar = None if progress else True                                 # None: only off a terminal
         bar = tqdm(steps, total=settings.num_iter, desc="steps", disable=no_bar, leave=False)
-        for k, (tokens, mask) in enumerate(bar, start=1):
-            if on_step is not None:
-                on_step(k, tokens.view(B, h, w, C), mask)
-        with torch.no_grad():
+        with torch.no_grad(), pipeline.evaluation_mode(self):
+            for k, (tokens, mask) in enumerate(bar, start=1):
+                if on_step is not None:
+                    on_step(k, tokens.view(B, h, w, C), mask)
             return self.decode(tokens.view(B, h, w, C))
 
     # ---- losses ----------------------------------------------------------------------------------

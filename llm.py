@@ -197,9 +197,15 @@ class Qwen2(nn.Module):
 
     @torch.no_grad()
     def generate(self, inputs_embeds, *, max_new_tokens, eos_token_id=None):
-        """Greedy decoding after inputs_embeds (1, L, H): yields max_new_tokens ids at most, without eos."""
+        """Greedy decoding after inputs_embeds (1, L, H): yields max_new_tokens ids at most, without eos.
+
+        Raises ValueError if the weights or inputs hold NaN or infinity.
+        """
         cache = KVCache()
         hidden_states = self(inputs_embeds=inputs_embeds, cache=cache)
+        if not hidden_states[:, -1].isfinite().all():
+            raise ValueError("the language model's output is not finite: the weights hold NaN or infinity, "
+                             "or the dtype overflows")
         for i in range(max_new_tokens):
             token = self.logits(hidden_states[:, -1]).argmax(dim=-1)        # (1,)
             if token.item() == eos_token_id:

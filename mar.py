@@ -8,6 +8,7 @@ channels. A mask is a bool tensor (B, N), True = hidden.
 """
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -220,12 +221,13 @@ class Sampling:
 
     def __post_init__(self):
         for name in ("cfg", "temperature"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number from 0 up")
-        if not isinstance(self.num_iter, int) or self.num_iter < 1:
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value!r}; it must be a number from 0 up")
+        if not isinstance(self.num_iter, Integral) or self.num_iter < 1:
             raise ValueError(f"num_iter is {self.num_iter}; it must be a whole number from 1 up")
         S = self.num_sampling_steps
-        if S is not None and (not isinstance(S, int) or not 1 <= S <= T):
+        if S is not None and (not isinstance(S, Integral) or not 1 <= S <= T):
             raise ValueError(f"num_sampling_steps is {S}; it must be a whole number from 1 to {T}")
         if self.cfg_schedule not in ("constant", "linear"):
             raise ValueError(f"cfg_schedule is {self.cfg_schedule!r}; known: constant, linear")
@@ -258,7 +260,7 @@ def random_mask(B, N, ratio=None, device=None):
         u = low + (0.5 - low) * torch.rand((), dtype=torch.float64)
         ratio = 1 + 0.25 * float(torch.special.ndtri(u))
     num_masked = max(1, min(N, math.ceil(ratio * N)))
-    orders = torch.rand(B, N, device=device).argsort(dim=1)
+    orders = torch.rand(B, N, device=device, dtype=torch.float32).argsort(dim=1)
     return first_masked(orders, num_masked)
 
 
@@ -293,10 +295,12 @@ class Randomness:
             return self.recorded_noise
         S = num_sampling_steps
         if isinstance(self.generator, list):
-            noise = [torch.randn(S, count, C, generator=g, device=g.device) for g in self.generator]
+            noise = [torch.randn(S, count, C, generator=g, device=g.device, dtype=torch.float32)
+                     for g in self.generator]
             noise = torch.stack(noise, dim=1)                               # (S, B, count, C)
         else:
             device_of_draws = "cpu" if self.generator is None else self.generator.device
-            noise = torch.randn(S, B, count, C, generator=self.generator, device=device_of_draws)
+            noise = torch.randn(S, B, count, C, generator=self.generator, device=device_of_draws,
+                                dtype=torch.float32)
         noise = iter(noise.to(device).flatten(1, 2))                        # S × (B·count, C)
         return lambda shape: next(noise)

@@ -4,40 +4,46 @@
     python sample.py --image photo.jpg "What color is the circle?"   # image to text, streamed to stdout
     python sample.py --image photo.jpg --chat                        # a conversation about an image
     python sample.py --ask "How many sides does a triangle have?"    # a question without an image
-    python sample.py --image x.png --mask m.png "a red circle"       # redraw x.png where the mask is white
-    python sample.py --prompts prompts.json --out outdir             # [{"prompt": …}, …]; also with torchrun
+    python sample.py --image x.png --mask m.png "a red circle"       # redraw what m.png marks in x.png
+    python sample.py --prompts prompts.json --out outdir             # or JSONL, text, CSV; also with torchrun
     python sample.py --model wusize/Harmon-1_5B --size 512 "a dog on the left and a cat on the right"
 """
-import argparse
-import json
-import re
-import sys
-from dataclasses import asdict, fields
-from pathlib import Path
+from harmonkit.interrupts import quits_at_once
 
-from tqdm import tqdm
+with quits_at_once("sample.py"):                    # torch takes seconds to import
+    import re
+    import sys
+    from collections import Counter
+    from dataclasses import asdict, fields
 
-from harmon import Harmon, Sampling, open_image
-from harmonkit.config import read_json
-from harmonkit.devices import DTYPES, choose_device, choose_dtype, rank_and_world_size
-from harmonkit.fast import MODES, accelerate
-from harmonkit.images import image_grid, save_png
-from harmonkit.pipeline import token_grid
+    import torch
+    from tqdm import tqdm
+
+    from harmon import Harmon, Sampling, open_image
+    from harmonkit import inpainting, outputs
+    from harmonkit.devices import DTYPES, choose_device, choose_dtype, rank_and_world_size
+    from harmonkit.fast import MODES, accelerate
+    from harmonkit.images import open_mask, save_png
+    from harmonkit.pipeline import token_grid
+    from harmonkit.prompts import check_text, read_prompts
+    from harmonkit.terminal import Parser, errors_in_one_line, file_path, next_line
+
+MAX_SIDE = 8192                                     # pixels; attention takes memory for every pair of tokens
+MAX_SEED = 2 ** 62
 
 
 def parse_arguments(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser("sample.py", __doc__)
     add = parser.add_argument
     add("prompt", nargs="?", help="the picture to draw, or with --image or --ask the question")
-    add("--image", type=Path, help="ask about this image; with --mask, redraw a part of it")
-    add("--mask", type=Path, help="an image, white where --image is redrawn")
+    add("--image", type=file_path, help="ask about this image; with --mask, redraw a part of it")
+    add("--mask", type=file_path, help="marks the part of --image that is redrawn: white, painted, or erased")
     add("--ask", action="store_true", help="the prompt is a question without an image")
     add("--chat", action="store_true", help="ask on, line by line, until an empty line")
-    add("--prompts", type=Path, help='a JSON list of {"prompt": …} to draw')
+    add("--prompts", type=file_path, help="a .json, .jsonl, .txt, .csv or .tsv of prompts to draw")
     add("--model", default="harmon-tiny", help="harmon-tiny, a folder, an official .pth, or a hub id")
-    add("--vae", type=Path, help="the VAE's file, if the model's holds none (kl16.ckpt)")
-    add("--tokenizer", type=Path, help="a tokenizer.json or its folder, if the model has none beside it")
+    add("--vae", type=file_path, help="the VAE's file, if the model's holds none (kl16.ckpt)")
+    add("--tokenizer", type=file_path, help="a tokenizer.json or its folder, if the model has none beside it")
     add("--size", metavar="HxW", help="pixels, as 512 or 512x768; default: the native size")
     add("--num-images", type=int, help="images for each prompt; default: 4, with --prompts 1")
     add("--batch-size", type=int, default=8, help="images drawn at once; default: 8")
@@ -52,14 +58,21 @@ def parse_arguments(argv=None):
     add("--device", help="cuda, cpu, mps, …; default: cuda if there is one")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: float32 for small models on a CPU")
     add("--mode", choices=MODES, default="auto", help="packed (x86), compiled, eager; auto: the fastest")
-    add("--out", type=Path, default=Path("out"), help="folder for images; default: out")
-    return parser.parse_args(argv)
+    add("--out", type=file_path, default="out", help="folder for images; default: out")
+    add("--overwrite", action="store_true", help="draw pictures anew that are in --out already")
+    args, extra = parser.parse_known_args(argv)
+    if extra:
+        quotes = "" if extra[0].startswith("-") else "; put a prompt of several words in quotes"
+        parser.error(f"unrecognized arguments: {' '.join(extra)}{quotes}")
+    args.draws = not (args.chat or args.ask or (args.image is not None and args.mask is None))
+    return args
 
 
-def check_arguments(args):
-    """The size (H, W) or None. Raises ValueError or OSError for mistakes that show without a model."""
+def check_flags(args):
+    """Raise ValueError for flags that do not go together, or outside their ranges."""
     if args.prompts is None and not args.chat and not (args.prompt or "").strip():
         raise ValueError("the prompt is empty; say what to draw or to ask, or give --prompts or --chat")
+    check_text(args.prompt or "", "the prompt")
     if args.prompts is not None and (args.prompt or args.image or args.chat or args.ask):
         raise ValueError("--prompts only draws: it goes with neither a prompt, --image, --ask nor --chat")
     if args.mask is not None and (args.image is None or args.chat or args.ask):
@@ -70,14 +83,21 @@ def check_arguments(args):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    for path in (args.image, args.mask):
-        if path is not None:
-            open_image(path)
-    if args.size is None:
+    if (args.num_images or 1) > 100_000:
+        raise ValueError(f"--num-images is {args.num_images}; a prompt has seeds for 100000 images")
+    if abs(args.seed) > MAX_SEED:
+        raise ValueError(f"--seed is {args.seed}; it must be a number from -{MAX_SEED} to {MAX_SEED}")
+
+
+def parse_size(text):
+    """HxW or a side -> (H, W); None -> None. Raises ValueError."""
+    if text is None:
         return None
-    if not re.fullmatch(r"\d+(x\d+)?", args.size):
-        raise ValueError(f"--size is {args.size!r}; give pixels as 512 or, height first, 512x768")
-    sides = [int(side) for side in args.size.split("x")]
+    if not re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})?", text):
+        raise ValueError(f"--size is {text[:40]!r}; give pixels as 512 or, height first, 512x768")
+    sides = [int(side) for side in text.split("x")]
+    if max(sides) > MAX_SIDE:
+        raise ValueError(f"--size is {text}; a side has at most {MAX_SIDE} pixels")
     return sides[0], sides[-1]
 
 
@@ -93,103 +113,138 @@ def sampling_settings(args):
         raise ValueError(f"--{field.replace('_', '-')} {message}") from None
 
 
-def read_prompts(path):
-    try:
-        prompts = [row["prompt"] for row in read_json(path)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path}: expected a JSON list of {{"prompt": …}} ({error!r})') from None
-    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
-        raise ValueError(f"{path}: there is an empty prompt, or none at all")
-    return prompts
-
-
-def image_seed(seed, prompt_index, sample_index):
-    """Every image has a seed of its own, which depends on no other image and no number of processes."""
-    return seed + 100_000 * prompt_index + sample_index
-
-
-def draw(model, args, size):
-    """Draw every prompt's images to args.out, and their grid; print the path of the grid or image."""
-    prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
-    per_prompt = args.num_images or (4 if args.prompts is None else 1)
-    h, w = token_grid(model, size)
-    if args.num_iter is None:
-        args.num_iter = min(Sampling.num_iter, -(-h * w // 4))
-    settings = asdict(sampling_settings(args))
-    about = json.dumps(settings | {"size": size, "model": str(args.model)})
-    inpainting = {}
+def open_inputs(args) -> dict:
+    """The flags' image, mask and prompts, by name. Raises ValueError or OSError that name the file."""
+    inputs = {}
+    if args.draws:
+        outputs.check_folder(args.out)
+    if args.prompts is not None:
+        inputs["prompts"] = read_prompts(args.prompts)
+    if args.image is not None:
+        inputs["image"] = open_image(args.image)
     if args.mask is not None:
-        inpainting = {"image": open_image(args.image), "mask": open_image(args.mask)}
+        mask, how = open_mask(args.mask)
+        inputs["image"], inputs["mask"] = inpainting.picture_and_mask(inputs["image"], mask)
+        if rank_and_world_size()[0] == 0:
+            redrawn = inpainting.share(inputs["mask"])
+            print(f"redrawing {redrawn:.0%} of the picture: {how} in {args.mask}", file=sys.stderr)
+    return inputs
 
-    # Each process of torchrun draws the prompts rank, rank + world_size, …
+
+# ---- draw ----------------------------------------------------------------------------------------
+
+def all_settings(model, args, size, inputs) -> dict:
+    """What a picture depends on besides its prompt and seed, as its PNG says it."""
+    grid = token_grid(model, size)
+    if "mask" in inputs:
+        grid = inpainting.nearest_grid(inputs["image"].size, grid)
+    if args.num_iter is None:
+        args.num_iter = min(Sampling.num_iter, -(-grid[0] * grid[1] // 4))
+    drawn_size = [side * model.config.vae.stride for side in grid]
+    settings = asdict(sampling_settings(args)) | {
+        "size": drawn_size, "model": str(args.model), "weights": outputs.fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."), "mode": args.mode, "version": outputs.version(),
+        "torch": torch.__version__}
+    if "mask" in inputs:
+        settings |= {"image": args.image.name, "image_sha256": outputs.file_digest(args.image),
+                     "mask": args.mask.name, "mask_sha256": outputs.file_digest(args.mask),
+                     "redrawn": round(inpainting.share(inputs["mask"]), 4)}
+    return settings
+
+
+def show(path):
+    """Print a line in one piece: print writes its end apart, and torchrun's processes share a stdout."""
+    print(f"{path}\n", end="", flush=True)
+
+
+def draw(model, args, size, inputs, settings):
+    """Draw to args.out what is not there yet; print the path of each prompt's grid or only image."""
+    per_prompt = args.num_images or (4 if args.prompts is None else 1)
+    planned = (per_prompt, args.seed, settings, args.out)
+    if args.prompts is None:
+        sheets = outputs.plan_single(args.prompt, *planned, overwrite=args.overwrite)
+    else:
+        sheets = outputs.plan(inputs.pop("prompts"), *planned)
     rank, world_size = rank_and_world_size()
-    jobs = [(p, s) for p in range(rank, len(prompts), world_size) for s in range(per_prompt)]
-    images_of = {}
-    bar_is_off = None if len(jobs) > args.batch_size else True
-    for start in tqdm(range(0, len(jobs), args.batch_size), desc="batches", disable=bar_is_off):
-        batch = jobs[start:start + args.batch_size]
-        seeds = [image_seed(args.seed, p, s) for p, s in batch]
-        images = model.generate_image([prompts[p] for p, _ in batch], size=size, seed=seeds, progress=True,
-                                      **settings, **inpainting)
-        for (p, s), seed, image in zip(batch, seeds, images):
-            slug = re.sub(r"\W+", "-", prompts[p].lower()).strip("-")[:60] or "image"
-            name = slug if args.prompts is None else f"{p:05d}-{slug}"
-            path = args.out / (f"{name}.png" if per_prompt == 1 else f"{name}-{s}.png")
-            save_png(path, image, prompt=prompts[p], seed=seed, settings=about)
-            images_of.setdefault(p, []).append(image)
-            if len(images_of[p]) < per_prompt:
-                continue
-            if per_prompt > 1:
-                path = args.out / f"{name}.png"
-                first_seed = image_seed(args.seed, p, 0)
-                save_png(path, image_grid(images_of[p]), prompt=prompts[p], seed=first_seed, settings=about)
-            print(path, flush=True)
-            del images_of[p]
+    done, left, num_left = outputs.divide(sheets, rank, world_size, args.overwrite)
+    outputs.remove_leftovers(left)
+    jobs = [(sheet, picture) for sheet in left for picture in sheet.pictures
+            if args.overwrite or outputs.state(picture) != "done"]
+    if num_left < len(sheets) and rank == 0:
+        print(f"{len(sheets) - num_left} of {len(sheets)} prompts are drawn already; --overwrite draws them "
+              "anew", file=sys.stderr)
+    for sheet in done:
+        show(sheet.path)
+
+    sampling = {field.name: settings[field.name] for field in fields(Sampling)}
+    waiting = Counter(sheet.path for sheet, _ in jobs)              # pictures to be drawn, by sheet
+    for sheet in left:
+        if not waiting[sheet.path]:                                 # only the grid is missing
+            show(sheet.finish())
+    cut = outputs.batches(jobs, args.batch_size)
+    for batch in tqdm(cut, desc="batches", disable=None if len(cut) > 1 else True):
+        prompts = [picture.prompt for _, picture in batch]
+        seeds = [picture.seed for _, picture in batch]
+        try:
+            images = model.generate_image(prompts, size=size, seed=seeds, progress=True, **sampling, **inputs)
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            height, width = settings["size"]
+            raise ValueError(f"not enough memory for {len(batch)} images of {height}x{width} pixels at once; "
+                             "lower --batch-size or --size") from None
+        for (sheet, picture), image in zip(batch, images):
+            save_png(picture.path, image, **picture.texts)
+            waiting[sheet.path] -= 1
+            if not waiting[sheet.path]:
+                show(sheet.finish())
 
 
-def answer(model, args, size):
-    """Stream one answer to stdout, or with --chat an answer to each line of stdin."""
-    image = open_image(args.image) if args.image else None
+# ---- answer --------------------------------------------------------------------------------------
+
+def answer(model, args, size, image=None):
+    """Stream one answer to stdout, or with --chat an answer to each line of stdin. Ctrl-C ends a chat's
+    answer; at the prompt it ends the conversation.
+    """
     history, question = [], args.prompt
     while True:
-        if question is None:
-            if sys.stdin.isatty():
-                print("> ", end="", flush=True)
-            question = sys.stdin.readline().strip()
+        question = question or next_line()
         if not question:
             return
         pieces = []
-        for piece in model.chat(question, image, history=history, size=size,
-                                max_new_tokens=args.max_new_tokens):
-            print(piece, end="", flush=True)
-            pieces.append(piece)
+        try:
+            for piece in model.chat(question, image, history=history, size=size,
+                                    max_new_tokens=args.max_new_tokens):
+                print(piece, end="", flush=True)
+                pieces.append(piece)
+        except KeyboardInterrupt:
+            if not args.chat:
+                raise
         print(flush=True)
         if not args.chat:
             return
-        history.append((question, "".join(pieces)))
+        if pieces:
+            history.append((question, "".join(pieces)))
         question = None
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
-    try:
-        size = check_arguments(args)
+    with errors_in_one_line("sample.py"):
+        args = parse_arguments(argv)
+        check_flags(args)
+        size = parse_size(args.size)
         sampling_settings(args)
+        inputs = open_inputs(args)
         device = choose_device(args.device)
         dtype = DTYPES[args.dtype] if args.dtype != "auto" else choose_dtype(args.model, device)
         model = Harmon.from_pretrained(
             args.model, vae=args.vae, tokenizer=args.tokenizer, device=device, dtype=dtype)
+        settings = all_settings(model, args, size, inputs) if args.draws else None
         model = accelerate(model, args.mode)
-        if args.chat or args.ask or (args.image is not None and args.mask is None):
-            answer(model, args, size)
+        if args.draws:
+            draw(model, args, size, inputs, settings)
         else:
-            draw(model, args, size)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"sample.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nsample.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+            answer(model, args, size, **inputs)
 
 
 if __name__ == "__main__":

@@ -1,49 +1,27 @@
-"""Weights on disk: find them, read any format that users have, load them strictly, save them.
-
-Read are safetensors (one file, or shards with an index) and torch pickles (`.pth`, `.ckpt`, `.pt`; always
-with weights_only=True). Tensors are views of the memory-mapped file until they are converted or moved.
-"""
+"""A model from its files and back: configuration, strict loading, saving. weight_files.py reads the files."""
 import json
 import os
+import sys
 import tempfile
-import zipfile
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from harmonkit.chat_template import load_tokenizer
 from harmonkit.config import HARMON_SIZES, HarmonConfig, infer_config, read_json
+from harmonkit.devices import as_device, as_dtype
+from harmonkit.tokenizer import has_tokenizer, load_tokenizer
+from harmonkit.weight_files import BUNDLED, find_model, plain_names, read, shorten
 
-PACKAGE = Path(__file__).resolve().parent
-BUNDLED = PACKAGE / "bundled"                       # of an installed package
-if not BUNDLED.is_dir():
-    BUNDLED = PACKAGE.parent / "checkpoints"        # of a checkout
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PARTS = ("vae.", "llm.", "mar.", "proj_in.", "proj_out.")           # how Harmon's names begin
 
 
-# ---- find ----------------------------------------------------------------------------------------
-
-def find_model(path) -> Path:
-    """A bundled model's name, a path or a hub id -> an existing file or folder. Raises FileNotFoundError."""
-    if Path(path).exists():
-        return Path(path)
-    if (BUNDLED / str(path)).is_dir():
-        return BUNDLED / str(path)
-    is_hub_id = str(path).count("/") == 1 and not Path(path).suffix and not str(path).startswith((".", "/"))
-    if not is_hub_id:
-        raise FileNotFoundError(f"{path}: no such file or folder, and not the name of a bundled model or a "
-                                "hub id like wusize/Harmon-0_5B")
-    from huggingface_hub import snapshot_download  # tokenizers depends on it; needed only here
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub raises many types
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise FileNotFoundError(f"{path}: no such folder, and the hub did not give it ({reason})") from None
-
+# ---- configuration -------------------------------------------------------------------------------
 
 def find_config(model) -> HarmonConfig:
     """The configuration of an official name, or of a model folder. Raises FileNotFoundError, ValueError."""
@@ -53,80 +31,19 @@ def find_config(model) -> HarmonConfig:
     return HarmonConfig.from_json(read_json(file), file)
 
 
-# ---- read ----------------------------------------------------------------------------------------
+def decide_tying(config, tensors, source, prefix=""):
+    """The QwenConfig for these weights: a head of its own unties it from the embedding, whatever it says.
 
-def read(path) -> dict:
-    """{name: tensor} of a file, or of a folder with model.safetensors or model.safetensors.index.json and its
-    shards.
-
-    A pickle may be wrapped: of {"model": …, "model_ema": …} the averaged weights are taken.
-    Raises FileNotFoundError or ValueError that name the file and its fault.
+    prefix: of the LLM's names in `tensors`. Configurations often lack tie_word_embeddings.
     """
-    path = Path(path)
-    if path.is_dir():
-        index = path / "model.safetensors.index.json"
-        single = path / "model.safetensors"
-        if index.is_file():
-            return read_sharded(index)
-        if not single.is_file() and any(path.glob("step-*.pt")):
-            raise FileNotFoundError(f"{path}: a run of train.py, no model; the same train.py command with "
-                                    "--export FOLDER makes one of it")
-        if not single.is_file():
-            raise FileNotFoundError(f"{path}: neither model.safetensors nor model.safetensors.index.json "
-                                    "is in this folder")
-        path = single
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-
-
-def read_safetensors(path) -> dict:
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error}); "
-                         "download or write it again") from None
-
-
-def read_sharded(index) -> dict:
-    try:
-        shard_of = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{index}: not a safetensors index ({error!r})") from None
-    tensors = {}
-    for shard in sorted(set(shard_of.values())):
-        if not (index.parent / shard).is_file():
-            raise FileNotFoundError(f"{index.parent / shard}: no such file, but {index.name} names it; "
-                                    "download the missing shard")
-        tensors.update(read_safetensors(index.parent / shard))
-    lost = sorted(set(shard_of) - set(tensors))
-    if lost:
-        raise ValueError(f"{index}: the shards lack {shorten(lost)}")
-    return tensors
-
-
-def read_pickle(path) -> dict:
-    try:
-        # Only the zip format can be mapped; files from before torch 1.6 are read whole.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises many types for a broken file
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        raise ValueError(f"{path}: not a torch checkpoint of plain tensors ({reason})") from None
-    for wrapper in ("model_ema", "model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
-    if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
-        raise ValueError(f"{path}: expected a dictionary of tensors, possibly under 'model' or 'model_ema'")
-    return content
-
-
-def shorten(names, most=4) -> str:
-    """The first names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    embedding, head = tensors.get(prefix + EMBEDDING), tensors.get(prefix + LM_HEAD)
+    if not config.tie_word_embeddings or embedding is None or head is None:
+        return config
+    if embedding.shape != head.shape or torch.equal(embedding, head):
+        return config
+    print(f"note: {source}: {prefix}{LM_HEAD} differs from the embedding, so both are used; config.json "
+          'should say "tie_word_embeddings": false', file=sys.stderr)
+    return replace(config, tie_word_embeddings=False)
 
 
 # ---- load ----------------------------------------------------------------------------------------
@@ -135,14 +52,16 @@ def load_strict(module, tensors, source, *, device=None, dtype=None):
     """Make `tensors` the parameters of `module` (usually on the meta device): the same names, the same
     shapes.
 
-    Of names tied to one parameter, one is enough. `tensors` is emptied on the way, so that each source tensor
-    is freed once it is converted. Raises ValueError that names `source` and the keys.
+    Of names tied to one parameter, one is enough. Prefixes that all names carry are dropped. `tensors` is
+    emptied on the way, so that each source tensor is freed once it is converted. Raises ValueError that names
+    `source` and the keys.
     """
+    plain_names(tensors, module.state_dict().keys().__contains__, source)
     names_of = {}                                   # parameter -> its names, several where weights are tied
     for name, parameter in module.state_dict(keep_vars=True).items():
         names_of.setdefault(id(parameter), (parameter, []))[1].append(name)
 
-    missing, wrong_shape, expected = [], [], set()
+    missing, wrong_shape, wrong_kind, differing, expected = [], [], [], [], set()
     for parameter, names in names_of.values():
         expected.update(names)
         found = [name for name in names if name in tensors]
@@ -152,9 +71,16 @@ def load_strict(module, tensors, source, *, device=None, dtype=None):
             if tensors[name].shape != parameter.shape:
                 shape, wanted = tuple(tensors[name].shape), tuple(parameter.shape)
                 wrong_shape.append(f"{name} is {shape}, expected {wanted}")
+            elif not tensors[name].is_floating_point():
+                wrong_kind.append(f"{name} is {tensors[name].dtype}")
+            elif name != found[0] and not torch.equal(tensors[name], tensors[found[0]]):
+                differing.append(f"{name} from {found[0]}, which tie_word_embeddings makes one")
     unexpected = sorted(set(tensors) - expected)
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": wrong_shape}
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": wrong_shape,
+             "not floating-point": wrong_kind, "different": differing}
     problems = [f"{kind}: {shorten(keys)}" for kind, keys in kinds.items() if keys]
+    if any(name.endswith(LM_HEAD) for name in missing):
+        problems.append('"tie_word_embeddings": true in config.json shares the embedding as the head')
     if problems:
         raise ValueError(f"{source}: these weights do not fit this model; {'; '.join(problems)}")
 
@@ -174,35 +100,45 @@ def from_pretrained(model_class, path, *, config=None, vae=None, tokenizer=None,
     dtype: default float32 on the CPU, bfloat16 elsewhere.
     Raises FileNotFoundError or ValueError that name the file and the keys.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    device = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = as_dtype(dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     path = find_model(path)
     tensors = read(path)
+    plain_names(tensors, lambda name: name.startswith(PARTS), path)
     if path.is_dir():
-        if tokenizer is None and (path / "tokenizer.json").is_file():
+        if tokenizer is None and has_tokenizer(path):
             tokenizer = path
-        config = config or HarmonConfig.from_json(read_json(path / "config.json"), path / "config.json")
+        config = config or find_config(path)
     config = config or infer_config(tensors, path)
     if vae is not None:
         tensors = {name: t for name, t in tensors.items() if not name.startswith("vae.")}
-        tensors |= {f"vae.{name.removeprefix('vae.')}": t for name, t in read(vae).items()}
+        tensors |= {f"vae.{name}": t for name, t in read_vae(vae).items()}
     elif not any(name.startswith("vae.") for name in tensors):
         raise ValueError(f"{path}: there is no VAE in it; give the VAE's file as vae= (--vae), kl16.ckpt for "
                          "official weights")
+    config = replace(config, llm=decide_tying(config.llm, tensors, path, "llm."))
     with torch.device("meta"):
         model = model_class(config)
     load_strict(model, tensors, path, device=device, dtype=dtype)
     model.llm.tie_weights()
     if tokenizer is not None:
-        model.tokenizer = load_tokenizer(tokenizer)
+        model.tokenizer = load_tokenizer(tokenizer, config.llm.vocab_size)
     return model.eval()
+
+
+def read_vae(path) -> dict:
+    """The tensors of a VAE's file by their names in kl16.ckpt, with or without "vae." before them."""
+    tensors = read(path)
+    plain_names(tensors, lambda name: name.startswith(("vae.", "encoder.", "decoder.")), path)
+    return {name.removeprefix("vae."): tensor for name, tensor in tensors.items()}
 
 
 # ---- save ----------------------------------------------------------------------------------------
 
 def save_pretrained(model, folder, dtype=None):
     """Write a folder that from_pretrained reads. dtype: of the file; default the model's."""
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
+    dtype = None if dtype is None else as_dtype(dtype)
     state = model.state_dict()
     if model.config.llm.tie_word_embeddings:
         del state["llm.lm_head.weight"]
@@ -216,7 +152,7 @@ def save_pretrained(model, folder, dtype=None):
 @contextmanager
 def atomic_write(path):
     """A temporary path. It replaces `path` when the block ends well and is deleted otherwise."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)

@@ -4,9 +4,12 @@ A config.json of ours uses the names of Hugging Face's folders (wusize/Harmon-0_
 same code.
 """
 import json
+import math
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from diffusion_head import T
 from llm import QwenConfig
 from mar import MARConfig
 from vae import VAEConfig
@@ -45,6 +48,16 @@ MAR_KEYS = {  # name in config.json -> field of MARConfig
     "x0_clip": "x0_clip",
 }
 
+# Fields of config.json that change numbers, and the values that the model files compute.
+LLM_FIXED = {
+    "model_type": ("qwen2",), "hidden_act": ("silu", "swish"), "attention_bias": (True,), "qkv_bias": (True,),
+    "mlp_bias": (False,), "attention_dropout": (0,), "use_sliding_window": (False,), "use_mrope": (False,),
+    "partial_rotary_factor": (1,), "quantization_config": (None,),
+}
+LLM_WIDTHS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+MAR_FIXED = {"patch_size": (1,), "qkv_bias": (True,)}
+MOST = 10 ** 7                          # of any size
+
 
 def named_size(table: dict, name: str):
     """The entry of LLM_SIZES or MAR_SIZES; "mar-base" is also accepted for "mar_base". Raises ValueError."""
@@ -75,18 +88,11 @@ class HarmonConfig:
     def from_json(cls, content: dict, source="config.json") -> "HarmonConfig":
         """The content of a config.json, ours or Hugging Face's. Raises ValueError that names `source`."""
         try:
-            known = {field.name for field in fields(QwenConfig)}
-            llm = QwenConfig(**{key: value for key, value in content["llm"].items() if key in known})
-            given = content["mar"]
-            mar = named_size(MAR_SIZES, given["type"]) if "type" in given else MARConfig()
-            mar = replace(mar, **{field: given[key] for key, field in MAR_KEYS.items() if key in given})
-            mar = replace(mar, diffusion_steps=int(mar.diffusion_steps))    # a string in official files
-            vae = dict(content.get("vae", {}))
-            if "ch_mult" in vae:
-                vae["ch_mult"] = tuple(vae["ch_mult"])
-            return cls(llm, mar, VAEConfig(**vae), content.get("vae_scale", cls.vae_scale))
+            llm, mar = read_llm(content["llm"]), read_mar(content["mar"])
+            scale = read_number("vae_scale", content.get("vae_scale", cls.vae_scale), float)
+            return cls(llm, mar, read_vae(content.get("vae", {})), scale)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
             raise ValueError(f"{source}: not a Harmon configuration ({reason})") from None
 
     def to_json(self) -> dict:
@@ -102,6 +108,148 @@ HARMON_SIZES = {
     "harmon-tiny": HarmonConfig(LLM_SIZES["tiny"], MAR_SIZES["tiny"],
                                 VAEConfig(ch=32, ch_mult=(1, 1, 2, 2), z_channels=8), vae_scale=1.0),
 }
+
+
+# ---- the parts of config.json --------------------------------------------------------------------
+
+def qwen_config(content, source) -> QwenConfig:
+    """The content of a Qwen2 model's own config.json. Raises ValueError that names `source`."""
+    try:
+        return read_llm(content)
+    except ValueError as error:
+        raise ValueError(f"{source}: not a configuration of Qwen2 ({error})") from None
+
+
+def read_llm(content) -> QwenConfig:
+    check_fixed("llm", content, LLM_FIXED)
+    given = {key: value for key, value in content.items() if value is not None}
+    given["rope_theta"] = read_rope_theta(given)
+    missing = [key for key in LLM_WIDTHS if key not in given]
+    if len(missing) < len(LLM_WIDTHS) and missing:
+        raise ValueError(f"llm: there is no {' and no '.join(missing)} in it")
+    given.setdefault("num_key_value_heads", given.get("num_attention_heads", QwenConfig.num_key_value_heads))
+    config = read_fields("llm", given, QwenConfig())
+    H, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    if H % (2 * heads) or heads % kv_heads:
+        raise ValueError(f"llm: a width of {H} does not divide into {heads} heads of even width, "
+                         f"{kv_heads} of them for keys and values")
+    check_fixed("llm", given, {"head_dim": (H // heads,)})
+    layer_types = given.get("layer_types", [])
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        raise ValueError(f"llm.layer_types is {brief(layer_types)}; only full_attention is computed")
+    return config
+
+
+def read_rope_theta(llm) -> float:
+    """The base of the rotary embedding, beside the sizes or, in newer files, in rope_parameters."""
+    given = []
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = llm.get(key, {})
+        check_fixed(f"llm.{key}", rope, {"rope_type": ("default",), "type": ("default",),
+                                         "partial_rotary_factor": (1,)})
+        if "rope_theta" in rope:
+            given.append(read_number(f"llm.{key}.rope_theta", rope["rope_theta"], float))
+    if "rope_theta" in llm:
+        given.append(read_number("llm.rope_theta", llm["rope_theta"], float))
+    if len(set(given)) > 1:
+        raise ValueError(f"llm.rope_theta is given twice, as {' and '.join(map(str, given))}")
+    return given[0] if given else QwenConfig.rope_theta
+
+
+def read_mar(content) -> MARConfig:
+    check_fixed("mar", content, MAR_FIXED)
+    size = named_size(MAR_SIZES, content["type"]) if "type" in content else MARConfig()
+    config = read_fields("mar", content, size, MAR_KEYS)
+    check_fixed("mar", content, {
+        "decoder_embed_dim": (config.embed_dim,), "decoder_num_heads": (config.num_heads,),
+        "proj_dropout": (config.dropout,)})
+    if config.embed_dim % config.num_heads:
+        raise ValueError(f"mar: a width of {config.embed_dim} does not divide into {config.num_heads} heads")
+    if config.img_size % config.vae_stride:
+        raise ValueError(f"mar.img_size is {config.img_size}, no multiple of vae_stride {config.vae_stride}")
+    if config.diffusion_steps > T:
+        raise ValueError(f"mar.num_sampling_steps is {config.diffusion_steps}; expected 1 to {T}")
+    return config
+
+
+def read_vae(content) -> VAEConfig:
+    check_fixed("vae", content, {})
+    known = [field.name for field in fields(VAEConfig)]
+    unknown = sorted(set(content) - set(known))
+    if unknown:
+        raise ValueError(f"vae holds the unknown {', '.join(unknown)}; known: {', '.join(known)}")
+    config = read_fields("vae", content, VAEConfig())
+    if config.ch % 32:
+        raise ValueError(f"vae.ch is {config.ch}; expected a multiple of 32")
+    return config
+
+
+def check_fixed(part, content, fixed):
+    """Raise ValueError for a field of one part of config.json with another value than the computed ones."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{part} is {brief(content)}; expected an object with fields")
+    for key, computed in fixed.items():
+        value = content.get(key)
+        if value is not None and value not in computed:
+            known = " or ".join(map(str, computed))
+            raise ValueError(f"{part}.{key} is {brief(value)}; only {known} is computed")
+
+
+def read_fields(part, content, config, keys=None):
+    """`config` with the fields that `content` gives, as the types that its class declares.
+
+    keys: {name in content: field}; default the fields' own names.
+    """
+    keys = keys or {field.name: field.name for field in fields(config)}
+    declared = {field.name: field for field in fields(config)}
+    changes = {}
+    for key, name in keys.items():
+        if key in content:
+            changes[name] = read_field(f"{part}.{key}", content[key], declared[name])
+    return replace(config, **changes)
+
+
+def read_field(name, value, field):
+    if field.type is bool:
+        if isinstance(value, bool):
+            return value
+        raise ValueError(f"{name} is {brief(value)}; expected true or false")
+    if field.type is tuple:
+        if isinstance(value, (list, tuple)) and value:
+            return tuple(read_number(name, number, int) for number in value)
+        raise ValueError(f"{name} is {brief(value)}; expected a list of whole numbers")
+    if value is None and field.default is None:
+        return None
+    return read_number(name, value, field.type)
+
+
+def read_number(name, value, kind):
+    """A number of config.json: whole and from 1 up for kind int, else above 0. Dropout may be 0.
+
+    Texts like "100" are read too, because official files hold one. Raises ValueError.
+    """
+    is_number = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+    try:
+        number = float(value) if is_number else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if kind is int:
+        if 1 <= number <= MOST and number == int(number):
+            return int(number)
+        raise ValueError(f"{name} is {brief(value)}; expected a whole number from 1 to {MOST:,}")
+    if name.endswith("dropout"):
+        if 0 <= number < 1:
+            return number if isinstance(value, str) else value
+        raise ValueError(f"{name} is {brief(value)}; expected a number from 0 to below 1")
+    if 0 < number < math.inf:
+        return number if isinstance(value, str) else value
+    raise ValueError(f"{name} is {brief(value)}; expected a number above 0")
+
+
+def brief(value) -> str:
+    """A value as it is quoted in a message."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "…"
 
 
 def infer_config(tensors: dict, source) -> HarmonConfig:
@@ -123,8 +271,8 @@ def infer_config(tensors: dict, source) -> HarmonConfig:
 def read_json(path):
     """The content of a JSON file. Raises FileNotFoundError or ValueError that name the file."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None

@@ -1,12 +1,35 @@
 """Which device and number format a command runs on, and the processes of torchrun."""
 import os
+import sys
 
 import torch
 import torch.distributed as dist
 
-from harmonkit.checkpoints import find_model
+from harmonkit.weight_files import find_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+
+
+def as_dtype(dtype) -> torch.dtype:
+    """torch.bfloat16, its name, "bf16", np.float32, … -> a torch.dtype. Raises ValueError."""
+    name = getattr(dtype, "__name__", str(dtype)).removeprefix("torch.")
+    found = getattr(torch, SHORT_NAMES.get(name, name), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise ValueError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}")
+    return found
+
+
+def as_device(device) -> torch.device:
+    """A name like "cuda:1", a GPU's index, … -> a torch.device. Raises ValueError for others."""
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device {device}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device}: torch finds no CUDA device here")
+    return device
 
 
 def rank_and_world_size() -> tuple:
@@ -21,12 +44,10 @@ def choose_device(name=None) -> torch.device:
     Raises ValueError for an unknown device, or for CUDA where there is none.
     """
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        device = as_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device {name}: torch finds no CUDA device here")
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
@@ -38,7 +59,7 @@ def choose_dtype(path, device) -> torch.dtype:
     if device.type != "cpu":
         return torch.bfloat16
     path = find_model(path)
-    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    files = [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")] if path.is_dir() else [path]
     is_small = sum(file.stat().st_size for file in files) < 10 ** 9
     has_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if has_bfloat16 and not is_small else torch.float32
@@ -48,6 +69,35 @@ def barrier():
     """Wait for all processes; nothing to wait for without torchrun."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def from_first_process(compute):
+    """compute() of process 0, in all processes of torchrun. If it raises ValueError, the others exit with
+    status 2, so that one of them says why.
+
+    None where several processes have no address to reach each other, as without torchrun.
+    """
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
+        return compute()
+    if "MASTER_ADDR" not in os.environ:
+        return None
+    answer, error = None, None
+    if rank == 0:
+        try:
+            answer = compute()
+        except ValueError as raised:
+            error = raised
+    box = [answer, error is not None]
+    dist.init_process_group("gloo")
+    dist.broadcast_object_list(box)
+    dist.destroy_process_group()
+    if error is not None:
+        raise error
+    answer, has_failed = box
+    if has_failed:
+        sys.exit(2)
+    return answer
 
 
 def any_rank(flag: bool, device) -> bool:

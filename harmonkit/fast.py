@@ -57,23 +57,83 @@ def accelerate(model, mode: str):
 
 # ---- packed weights ------------------------------------------------------------------------------
 
-class Packed:
-    """The forward of a linear layer whose weight is in oneDNN's layout.
+class PackedLinear(nn.Linear):
+    """A linear layer whose weight is in oneDNN's layout. No gradients.
 
     activation ("none", "gelu", "swish") is applied to the result, and `times` is multiplied with it, while
-    the result is in the cache.
+    the result is in the cache. Copies, pickles, state_dict and `.to()` see the plain weight and pack it
+    again. On another device or in another dtype the layer computes like any linear layer.
     """
 
-    def __init__(self, layer):
-        rows = 64                               # a hint; the layout serves any number of rows
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
-        self.bias = layer.bias
+    def pack(self):
+        """Pack the plain weight, if it lies where that is possible."""
+        self.packed = None
+        if packable(self.weight.device, self.weight.dtype):
+            rows = 64                           # a hint; the layout serves any number of rows
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), rows)
+            # The packed weight replaces the plain one, so that no weight lies in memory twice. Token
+            # embeddings are read row by row too and stay plain.
+            if not self.shares_weight:
+                self.weight = nn.Parameter(self.packed, requires_grad=False)
 
-    def __call__(self, x, activation="none", times=None):
+    def plain_weight(self):
+        """The weight as a Parameter of the usual layout."""
+        is_packed = self.weight.is_mkldnn
+        return nn.Parameter(self.weight.to_dense(), requires_grad=False) if is_packed else self.weight
+
+    def forward(self, x, activation="none", times=None):
+        if self.packed is None:
+            y = F.linear(x, self.weight, self.bias)
+            y = ACTIVATIONS[activation](y)
+            return y if times is None else y * times
         if times is not None:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, times, self.weight, self.bias, "mul")
+            return torch.ops.mkldnn._linear_pointwise.binary(x, times, self.packed, self.bias, "mul")
         algorithm = "none" if activation == "gelu" else ""                  # "none": the exact GELU
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], algorithm)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, activation, [], algorithm)
+
+    def __getstate__(self):
+        state = self.__dict__ | {"packed": None}
+        state["_parameters"] = self._parameters | {"weight": self.plain_weight()}
+        return state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.pack()
+
+    def _apply(self, function, recurse=True):
+        self.weight = self.plain_weight()
+        super()._apply(function, recurse)
+        self.pack()
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = destination[prefix + "weight"].to_dense()
+
+    def _load_from_state_dict(self, *arguments):
+        self.weight = self.plain_weight()
+        super()._load_from_state_dict(*arguments)
+        self.pack()
+
+
+ACTIVATIONS = {"none": lambda y: y, "gelu": F.gelu, "swish": F.silu}
+
+
+class PackedSwiGLU(llm.MLP):
+    def forward(self, x):
+        gate = self.gate_proj.forward(x, "swish")
+        return self.down_proj.forward(self.up_proj.forward(x, times=gate))
+
+
+class PackedMLP(mar.MLP):
+    def forward(self, x):
+        return self.fc2.forward(self.fc1.forward(x, "gelu"))
+
+
+class PackedHeadMLP(nn.Sequential):
+    def forward(self, x):
+        first, _, second = self._modules.values()
+        return second.forward(first.forward(x, "swish"))
 
 
 def packable(device, dtype) -> bool:
@@ -81,39 +141,24 @@ def packable(device, dtype) -> bool:
 
 
 def pack(model):
-    """Replace the weights of all linear layers by packed ones. No gradients."""
+    """Replace the weights of all linear layers by packed ones. A packed model stays as it is. No gradients.
+
+    Raises ValueError where weights cannot be packed.
+    """
     if not packable(model.device, model.dtype):
         raise ValueError("weights are packed in float32 and bfloat16 on x86 processors; these are "
                          f"{model.dtype} on {model.device}")
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            layer.forward = Packed(layer)
-            # The packed weight replaces the plain one, so that no weight lies in memory twice. Token
-            # embeddings are read row by row too and stay plain.
-            if layer.weight is not model.llm.model.embed_tokens.weight:
-                layer.weight = nn.Parameter(layer.forward.weight, requires_grad=False)
-                layer.register_state_dict_post_hook(unpack)
-    for module in model.modules():
-        if isinstance(module, llm.MLP):
-            module.forward = partial(
-                swiglu, module.gate_proj.forward, module.up_proj.forward, module.down_proj.forward)
-        elif isinstance(module, mar.MLP):
-            module.forward = partial(activated_mlp, "gelu", module.fc1.forward, module.fc2.forward)
-        elif isinstance(module, ResBlock):
-            module.mlp.forward = partial(activated_mlp, "swish", module.mlp[0].forward, module.mlp[2].forward)
-
-
-def swiglu(gate, up, down, x):
-    return down(up(x, times=gate(x, "swish")))
-
-
-def activated_mlp(activation, first, second, x):
-    return second(first(x, activation))
-
-
-def unpack(layer, state, prefix, _):
-    """Let a state_dict hold plain tensors, so that a packed model is saved and copied like any other."""
-    state[prefix + "weight"] = state[prefix + "weight"].to_dense()
+    for module in list(model.modules()):
+        if type(module) is nn.Linear:
+            module.__class__ = PackedLinear
+            module.shares_weight = module.weight is model.llm.model.embed_tokens.weight
+            module.pack()
+        elif type(module) is llm.MLP:
+            module.__class__ = PackedSwiGLU
+        elif type(module) is mar.MLP:
+            module.__class__ = PackedMLP
+        elif type(module) is ResBlock:
+            module.mlp.__class__ = PackedHeadMLP
 
 
 # ---- the head's modulations, many diffusion steps at once ----------------------------------------

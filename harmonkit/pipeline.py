@@ -1,21 +1,43 @@
 """From text to images and from images to text, around the model's tensors. The model is an argument."""
-import torch
-import torch.nn.functional as F
+import bisect
+import numbers
+from contextlib import contextmanager
 
+import numpy as np
+import torch
+
+from harmonkit import inpainting
 from harmonkit.chat_template import END, GENERATE, UNCONDITIONAL, pad, prompt_ids
 from harmonkit.images import image_to_pixels, pad_to_square, pixels_to_images
 from llm import KVCache
 
+CONTEXT_LENGTH = 32_768             # tokens with which Qwen2.5 was trained
+
 
 def token_grid(model, size=None) -> tuple:
-    """size in pixels, an int or (H, W), None = native -> (h, w) tokens. Raises ValueError."""
+    """size in pixels, a whole number or (H, W), None = native -> (h, w) tokens. Raises ValueError."""
     if size is None:
         size = model.config.mar.img_size
-    H, W = (size, size) if isinstance(size, int) else size
+    sides = size if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, numbers.Integral) for side in sides):
+        raise ValueError(f"size is {size!r}; a number of pixels or (height, width) is expected")
+    H, W = map(int, sides)
     s = model.config.vae.stride
     if H < s or W < s or H % s or W % s:
         raise ValueError(f"size {H}x{W} is not possible: height and width must be positive multiples of {s}")
     return H // s, W // s
+
+
+@contextmanager
+def evaluation_mode(model):
+    """Without dropout in this block, whatever `model.train()` has set; afterwards all is as before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 # ---- text -> images ------------------------------------------------------------------------------
@@ -28,86 +50,137 @@ def generation_prompts(model, prompts, cfg) -> tuple:
     return pad(model.tokenizer, [prompt_ids(model.tokenizer, text) for text in texts])
 
 
+def seeds_of(seed, count) -> list:
+    """One seed, image i then uses seed + i, or one for each of `count` images -> ints. Raises ValueError.
+
+    Whole numbers of any type, also in lists, arrays and tensors.
+    """
+    given = np.asarray(seed)
+    if given.dtype.kind not in "iu":
+        raise ValueError(f"seed is {seed!r}; a whole number is expected, or one for each image")
+    seeds = given.tolist() if given.ndim else [int(given) + i for i in range(count)]
+    if given.ndim > 1 or len(seeds) != count:
+        raise ValueError(f"{count} prompts, but {given.size} seeds")
+    if not all(-2 ** 63 <= s < 2 ** 64 for s in seeds):
+        raise ValueError(f"seed is {seed!r}; torch takes 64 bits")
+    return seeds
+
+
 @torch.no_grad()
 def generate_image(model, prompts, *, size=None, seed=0, cfg=3.0, image=None, mask=None, **sampling) -> list:
     """Draw one PIL image for each prompt.
 
-    prompts: a string or a list. size: pixels, an int or (H, W), multiples of the VAE's stride. seed: an int,
-    image i then uses seed + i; or a list with one for each image. An image depends on its prompt and seed,
-    not on its batch. image with mask (PIL): keep the image where the mask is black, redraw it where it is
-    white (inpainting). sampling: num_iter, cfg_schedule, temperature, solver, progress, … of `Harmon.sample`.
-    Raises ValueError for an empty prompt, an impossible size, settings outside their ranges, or an all-black
-    mask.
+    prompts: a string or a list. size: pixels, a number or (H, W), multiples of the VAE's stride. seed: a
+    whole number, image i then uses seed + i; or a list with one for each image. An image depends on its
+    prompt and seed, not on its batch. image with mask: redraw the image where the mask marks it, keep its
+    other pixels exactly (inpainting); PIL images, paths or arrays, see `images.as_image` and `as_mask`. The
+    results then have the image's size, and `size` only says about how many pixels are drawn. sampling:
+    num_iter, cfg_schedule, temperature, solver, progress, … of `Harmon.sample`.
+    Raises ValueError for an empty prompt, an impossible size, settings outside their ranges, a mask that
+    marks nothing or has another shape than the image, or weights that are not finite.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
         raise ValueError("a prompt is empty; say what to draw")
-    seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts, but {len(seeds)} seeds")
+    seeds = seeds_of(seed, len(prompts))
     if (image is None) != (mask is None):
         raise ValueError("image and mask go together: the mask says which part of the image is redrawn")
     grid = token_grid(model, size)
     input_ids, attention_mask = generation_prompts(model, prompts, cfg)
     generators = [torch.Generator().manual_seed(s) for s in seeds]
-    settings = dict(cfg=cfg, grid=grid, generator=generators, **sampling)
+    settings = dict(cfg=cfg, generator=generators, **sampling)
     if image is None:
-        pixels = model.sample(input_ids, attention_mask, **settings)
-    else:
-        original, redraw = inpainting_pixels(model, image, mask, grid)
-        canvas = inpainting_canvas(model, original, redraw, len(prompts))
-        pixels = model.sample(input_ids, attention_mask, canvas=canvas, **settings).float()
-        pixels = torch.where(redraw, pixels, original)
-    return pixels_to_images(pixels)
-
-
-def inpainting_pixels(model, image, mask, grid) -> tuple:
-    """PIL image and mask -> the image's pixels (1, 3, H, W), and where to redraw it (1, 1, H, W) bool."""
-    s = model.config.vae.stride
-    size = (grid[0] * s, grid[1] * s)
-    original = image_to_pixels(image, size).to(model.device)
-    redraw = image_to_pixels(mask, size)[:, :1].to(model.device) > 0
-    return original, redraw
-
-
-def inpainting_canvas(model, original, redraw, batch_size) -> tuple:
-    """The latents (B, h, w, C) and the mask (B, N). A token is redrawn if any of its pixels is."""
-    mask = F.max_pool2d(redraw.float(), model.config.vae.stride).bool().flatten(1)      # (1, N)
-    if not mask.any():
-        raise ValueError("the mask is black everywhere: nothing to draw; white marks the redrawn part")
-    latents = model.encode(original)                                                    # (1, h, w, C)
-    return latents.expand(batch_size, -1, -1, -1), mask.expand(batch_size, -1)
+        return pixels_to_images(model.sample(input_ids, attention_mask, grid=grid, **settings))
+    picture, mask = inpainting.picture_and_mask(image, mask)
+    grid = inpainting.nearest_grid(picture.size, grid)
+    canvas = inpainting.canvas(model, picture, mask, grid, len(prompts))
+    pixels = model.sample(input_ids, attention_mask, grid=grid, canvas=canvas, **settings)
+    return [inpainting.paste(picture, mask, drawn) for drawn in pixels_to_images(pixels)]
 
 
 # ---- images -> text ------------------------------------------------------------------------------
 
-@torch.no_grad()
-def chat(model, question, image=None, *, history=(), max_new_tokens=1024, size=None):
-    """Answer a question, about a PIL image if given: yields pieces of text.
+def history_pairs(history) -> list:
+    """Earlier turns, as (question, answer) pairs or as {role, content} dicts -> pairs. Raises ValueError.
 
-    history: earlier (question, answer) pairs. size: pixels to which the image is resized, default the native
-    size. Raises ValueError for an empty question.
+    System turns are dropped. content: a text, or a list of parts {type: text, text}.
     """
-    if not question.strip():
-        raise ValueError("the question is empty")
-    z_enc = None
-    if image is not None:
-        h, w = token_grid(model, size)
-        s = model.config.vae.stride
-        pixels = image_to_pixels(pad_to_square(image), (h * s, w * s))
-        _, z_enc = model.visual_features(model.encode(pixels))                          # (1, N+n, H)
-    num_image_tokens = 0 if z_enc is None else z_enc.shape[1]
-    ids = prompt_ids(model.tokenizer, question, num_image_tokens=num_image_tokens, history=history)
-    embeds = model.embed(torch.tensor([ids], device=model.device), z_enc)
+    history = list(history)
+    if not all(isinstance(turn, dict) for turn in history):
+        for pair in history:
+            is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
+            if not is_pair or not all(isinstance(text, str) for text in pair):
+                raise ValueError(f"a turn of the history is {str(pair)[:80]!r}; (question, answer) is "
+                                 "expected, or dicts with role and content")
+        return [tuple(pair) for pair in history]
+    turns = [turn for turn in history if turn.get("role") != "system"]
+    roles = [turn.get("role") for turn in turns]
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError(f"the history's roles are {roles}; user and assistant must alternate, and an answer "
+                         "ends it")
+    texts = [content_text(turn.get("content")) for turn in turns]
+    return list(zip(texts[::2], texts[1::2]))
 
-    answer, text = [], ""
-    end = model.tokenizer.token_to_id(END)
-    for token in model.llm.generate(embeds, max_new_tokens=max_new_tokens, eos_token_id=end):
-        answer.append(token)
-        longer_text = model.tokenizer.decode(answer)
-        if not longer_text.endswith("\ufffd"):          # one character may take several tokens
-            yield longer_text[len(text):]
-            text = longer_text
+
+def content_text(content) -> str:
+    """The content of a turn, a text or a list of text parts, as one text. Raises ValueError."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    is_text = isinstance(parts, list) and all(isinstance(part, dict) for part in parts)
+    if not is_text or not all(isinstance(part.get("text"), str) for part in parts):
+        raise ValueError(f"the content of a turn is {str(content)[:80]!r}; a text is expected")
+    return "".join(part["text"] for part in parts)
+
+
+def fit_history(model, question, history, *, num_image_tokens=0, room=CONTEXT_LENGTH) -> list:
+    """The pairs of `history_pairs` without the oldest ones, so that the prompt has at most `room` tokens.
+
+    Raises ValueError if the question alone has more.
+    """
+    pairs = history_pairs(history)
+
+    def length_from(start):
+        return len(prompt_ids(model.tokenizer, question, num_image_tokens=num_image_tokens,
+                              history=pairs[start:]))
+    start = bisect.bisect_left(range(len(pairs)), True, key=lambda start: length_from(start) <= room)
+    if start == len(pairs) and length_from(start) > room:
+        raise ValueError(f"the question has {length_from(start)} tokens, but there is room for {room} beside "
+                         "the answer; shorten it, or lower max_new_tokens")
+    return pairs[start:]
+
+
+@torch.no_grad()
+def chat(model, question, image=None, *, history=(), max_new_tokens=1024, size=None,
+         max_length=CONTEXT_LENGTH):
+    """Answer a question, about an image if given: yields pieces of text.
+
+    image: a PIL image, a path or an array, see `images.as_image`. history: earlier (question, answer) pairs,
+    or {role, content} dicts. size: pixels to which the image is resized, default the native size. max_length:
+    tokens of prompt and answer together; the oldest turns of a longer history are left out. Raises ValueError
+    for an empty question, or one that leaves no room for the answer.
+    """
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError("the question is empty")
+    with evaluation_mode(model):
+        z_enc = None
+        if image is not None:
+            h, w = token_grid(model, size)
+            s = model.config.vae.stride
+            pixels = image_to_pixels(pad_to_square(image), (h * s, w * s))
+            _, z_enc = model.visual_features(model.encode(pixels))                      # (1, N+n, H)
+        num_image_tokens = 0 if z_enc is None else z_enc.shape[1]
+        history = fit_history(model, question, history, num_image_tokens=num_image_tokens,
+                              room=max_length - max_new_tokens)
+        ids = prompt_ids(model.tokenizer, question, num_image_tokens=num_image_tokens, history=history)
+        embeds = model.embed(torch.tensor([ids], device=model.device), z_enc)
+
+        answer, text = [], ""
+        end = model.tokenizer.token_to_id(END)
+        for token in model.llm.generate(embeds, max_new_tokens=max_new_tokens, eos_token_id=end):
+            answer.append(token)
+            longer_text = model.tokenizer.decode(answer)
+            if not longer_text.endswith("\ufffd"):      # one character may take several tokens
+                yield longer_text[len(text):]
+                text = longer_text
 
 
 @torch.no_grad()
@@ -122,6 +195,9 @@ def generate_batch(llm, inputs_embeds, attention_mask, *, max_new_tokens, eos_to
     hidden_states = llm(inputs_embeds=inputs_embeds, attention_mask=attention_mask, cache=cache)
     last = attention_mask.sum(dim=1) - 1                # (B,) each row's last real position
     hidden_states = hidden_states[torch.arange(B, device=last.device), last]            # (B, H)
+    if not hidden_states.isfinite().all():
+        raise ValueError("the language model's output is not finite: the weights hold NaN or infinity, "
+                         "or the dtype overflows")
     tokens = []
     for _ in range(max_new_tokens):
         tokens.append(llm.logits(hidden_states).argmax(dim=-1))                         # (B,)

@@ -20,6 +20,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from PIL import Image
 
+from harmonkit.images import open_image
+
 FOLDER = Path(__file__).resolve().parent
 KEY = re.compile(r"^key: (.+?) = (\S+)(?: ± (\d+)%)?$", re.MULTILINE)
 SOLUTION = re.compile(r"<details>.*?```python\n(.*?)```", re.DOTALL)
@@ -52,7 +54,7 @@ def differences(committed, fresh):
 def compact(output):
     """Reduce the picture of an output, if it has one, to 256 colors: a quarter of the bytes."""
     if "image/png" in output.get("data", {}):
-        image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
+        image = open_image(base64.b64decode(output.data["image/png"]))
         file = io.BytesIO()
         image = image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=4)
         image.save(file, "PNG", optimize=True)

@@ -23,10 +23,11 @@ try:
     import torch
 
     from harmon import Harmon, open_image
-    from harmonkit.chat_template import GENERATE, UNCONDITIONAL, load_tokenizer, pad, prompt_ids, tokenize
+    from harmonkit.chat_template import GENERATE, UNCONDITIONAL, pad, prompt_ids, tokenize
     from harmonkit.checkpoints import BUNDLED, find_config, load_strict, write, write_text
     from harmonkit.images import image_to_pixels, pad_to_square
     from harmonkit.shapes_world import world
+    from harmonkit.tokenizer import load_tokenizer
 except ImportError as error:
     print(f"export.py: {error}; run `pip install -e .` in the project's root first", file=sys.stderr)
     sys.exit(2)
@@ -93,7 +94,7 @@ def training_batches(model, image, settings):
                 mask=torch.from_numpy(mask), t=torch.from_numpy(t.flatten()), noise=torch.from_numpy(noise))
 
     question = prompt_ids(tokenizer, settings["question"], num_image_tokens=N + config.buffer_size)
-    answer = tokenize(tokenizer, settings["answer"] + port.END)
+    answer = [*tokenize(tokenizer, settings["answer"]), tokenizer.token_to_id(port.END)]
     input_ids, attention_mask = pad(tokenizer, [question + answer, question + answer[:-1] + answer])
     labels = input_ids.where(attention_mask, port.IGNORE_INDEX)
     labels[:, :len(question)] = port.IGNORE_INDEX                       # only the answers are learned

@@ -18,14 +18,13 @@ import sys
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from parameters import layer, load, shown
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
 NORM_EPS = 1e-6                  # of LayerNorm and GroupNorm; the eps of RMSNorm is in the configuration
 IMAGE_TOKEN_ID = -200            # in input_ids: a position that an image embedding fills
 IGNORE_INDEX = -100              # in labels: no loss here
-USER, ASSISTANT = "<|im_start|>user\n", "<|im_start|>assistant\n"
-END, PAD = "<|im_end|>", "<|endoftext|>"
+START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
 # ---- layers ------------------------------------------------------------------------------------------------
 
@@ -498,12 +497,18 @@ def image2text_loss(p, input_ids, attention_mask, latents, labels):
 
 # ---- text and images, in and out ---------------------------------------------------------------------------
 
+def text_ids(tokenizer, text):
+    tokenizer.encode_special_tokens = True                              # those in a question are text
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
 def prompt_ids(tokenizer, question, num_image_tokens=0):
-    texts = [f"{USER}{question}{END}\n{ASSISTANT}"]
+    start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
+    user = text_ids(tokenizer, f"user\n{question}")
     if num_image_tokens:                                                # apart before and after the image
-        texts = [USER, f"\n{question}{END}\n{ASSISTANT}"]
-    first, *rest = (tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
-    return first + [IMAGE_TOKEN_ID] * num_image_tokens + sum(rest, [])
+        image = [IMAGE_TOKEN_ID] * num_image_tokens
+        user = text_ids(tokenizer, "user\n") + image + text_ids(tokenizer, f"\n{question}")
+    between, assistant = text_ids(tokenizer, "\n"), text_ids(tokenizer, "assistant\n")
+    return [start, *user, end, *between, start, *assistant]
 
 @shown("picture")
 def to_picture(p, pixels):                                              # -> uint8 (s·h, s·w, 3)
@@ -539,6 +544,12 @@ def chat(p, tokenizer, image, question, max_new_tokens=1024):
     ids = answer(p, input_ids, pixels, tokenizer.token_to_id(END), max_new_tokens)
     return tokenizer.decode(ids.tolist())
 
+def open_image(path):                                                   # upright, transparency on white
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
@@ -557,7 +568,7 @@ def main(argv=None):
         p, folder = load(args.model)
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         if args.ask is not None:
-            print(chat(p, tokenizer, Image.open(args.image).convert("RGB"), args.ask))
+            print(chat(p, tokenizer, open_image(args.image), args.ask))
         else:
             options = dict(seed=args.seed, num_iter=args.num_iter, cfg=args.cfg)
             Image.fromarray(generate_image(p, tokenizer, args.prompt, **options)).save(args.out)

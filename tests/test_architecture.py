@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("harmon", "mar", "llm", "vae", "diffusion_head", "sample", "train")
 PACKAGES = {"torch", "numpy", "safetensors", "tokenizers", "PIL", "tqdm"}       # as they are imported
-CORE = ("chat_template", "config", "checkpoints", "pipeline", "images", "devices", "fast")
+CORE = ("chat_template", "config", "tokenizer", "weight_files", "checkpoints", "pipeline", "images", "colors",
+        "inpainting", "devices", "fast", "prompts", "outputs", "terminal",
+        "interrupts")
 
 # Rooms from the bottom up. A module belongs to the longest name here that is its own or a package around it.
 LEVELS = (
@@ -26,8 +28,10 @@ LEVELS = (
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 LAZY = {                                        # packages that a function may import, by module
-    "harmonkit.checkpoints": {"huggingface_hub"},
+    "harmonkit.weight_files": {"huggingface_hub"},
     "harmonkit.fast": {"flash_attn"},
+    "harmonkit.images": {"pillow_heif"},
+    "harmonkit.data.parquet": {"pyarrow"},
     "harmonkit.data.mixture": {"tomllib"},      # of the standard library from Python 3.11 on
     "harmonkit.training.monitor": {"matplotlib"},
     "harmonkit.scripts.ablate": {"matplotlib"},

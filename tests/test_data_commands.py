@@ -2,10 +2,12 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 from conftest import ROOT
 from data_files import LINES, RATIO, write_sources
+from every_form import write_every_form
 from PIL import Image
 
 from harmonkit.data.__main__ import main
@@ -25,9 +27,14 @@ def test_inspect_reports_and_draws(folder, capsys):
     out = folder / "out" / "sheet.png"
     main(["inspect", str(folder / "mixture.json"), "--size", "64", "--out", str(out)])
     report = capsys.readouterr().out
-    assert "data_info.json: text2image, weight 1, 6 samples; 6 checked: 1 bad, 0 outside the rules" in report
-    assert "data_info.json:3: " in report and "not an image" in report
-    assert "00001}.tar: text2image, weight 3, 10 samples; 10 checked: 0 bad, 0 outside the rules" in report
+    lines = report.splitlines()
+    start = next(i for i, line in enumerate(lines) if "data_info.json: text2image, weight 1" in line)
+    assert lines[start + 1:start + 3] == [
+        "    pairs of image and annotation, 6 samples; 6 looked at: 5 usable, 1 bad, 0 outside the rules",
+        "    1 × not an image that can be read: it is text "
+        f"({folder}/data_info.json:3: {folder}/images/2.png)"]
+    assert lines[start + 4:start + 7] == ["    'caption 0'", "    'caption 3'", "    'caption 5'"]
+    assert "00001}.tar: text2image, weight 3\n    WebDataset, 10 samples; 10 looked at: 10 usable" in report
     assert "text tokens: 5% ≤ 19, 50% ≤ 19, 95% ≤ 19, 99% ≤ 19, 100% ≤ 19" in report            # text.json
     sheet = Image.open(out)
     assert sheet.size == (4 * 240, 4 * 374)
@@ -42,6 +49,92 @@ def test_inspect_reports_and_draws(folder, capsys):
         if batch["task"] == "text2image":
             pixel = ((batch["pixels"][0, :, 8, 8] + 1) * 127.5).tolist()            # of an image of one color
             assert sheet.getpixel((x + 38, y + 38)) == pytest.approx(tuple(pixel), abs=2)
+
+
+def inspect_json(capsys, *args):
+    """The objects that `inspect --json` prints."""
+    main(["inspect", *map(str, args), "--json"])
+    return [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
+
+
+def test_inspect_prints_json(folder, capsys):
+    reports = inspect_json(capsys, folder / "mixture.json")
+    keys = "path format task samples looked_at usable bad outside reasons captions".split()
+    assert [list(report) for report in reports] == [keys] * 6
+    paths = [str(folder / line["path"]) for line in LINES[:-1]]
+    assert [report["path"] for report in reports] == [*paths, "shapes"]
+    assert [report["task"] for report in reports] == [line["task"] for line in LINES]
+    assert [report["samples"] for report in reports] == [6, 10, 2, 6, 6, 20]
+    assert [report["looked_at"] for report in reports] == [6, 10, 2, 6, 6, 20]
+    assert [report["usable"] for report in reports] == [5, 10, 2, 5, 6, 0]
+    assert [report["bad"] for report in reports] == [1, 0, 0, 1, 0, 0]
+    assert [report["outside"] for report in reports] == [0, 0, 0, 0, 0, 20]             # 64 pixels
+    assert reports[0]["reasons"] == {"not an image that can be read: it is text": 1}
+    assert reports[5]["reasons"] == {"sides must be above 80": 20}
+    assert reports[0]["captions"] == ["caption 0", "caption 3", "caption 5"]
+    assert reports[2]["captions"] == ["owl", "tree frog"]
+    assert reports[3]["captions"] == ["a color"] * 3
+    assert reports[4]["captions"] == ["yes, 0", "yes, 3", "yes, 5"]
+    assert reports[5]["captions"] == []
+
+
+def test_inspect_knows_every_form(tmp_path, capsys):
+    written = write_every_form(tmp_path, with_parquet=find_spec("pyarrow") is not None)
+    (tmp_path / "mixture.json").write_text(json.dumps([line for line, _, _ in written]))
+    reports = inspect_json(capsys, tmp_path / "mixture.json", "--size", 64)
+    assert len(reports) >= 27
+    for (line, format, words), report in zip(written, reports, strict=True):
+        path = str(tmp_path / line["path"])
+        expected = {"path": path, "format": format, "task": line["task"], "samples": 12, "looked_at": 12,
+                    "usable": 12, "bad": 0, "outside": 0, "reasons": {}}
+        assert expected.items() <= report.items()
+        assert report["captions"][:1] == [words] * (words is not None)
+
+
+def test_inspect_prints_nothing_but_json(folder, capsys):
+    """As a process, from another folder, without a model."""
+    command = [sys.executable, "-m", "harmonkit.data", "inspect", str(folder / "mixture.json"), "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len([json.loads(line) for line in done.stdout.splitlines()]) == 6
+    (folder / "00001.tar").write_bytes(b"not a tar file")
+    with pytest.raises(SystemExit, match="2"):
+        main(command[3:])
+    output = capsys.readouterr()
+    assert (output.out, output.err.count("\n")) == ("", 1)
+    assert "mixture.json: source 2: " in output.err
+    assert "00001.tar: not an uncompressed tar file" in output.err
+
+
+def test_inspect_looks_at_2000_samples_at_most(tmp_path, capsys):
+    mixture = tmp_path / "mixture.json"
+    mixture.write_text(json.dumps([{"path": "shapes-text", "task": "text", "count": 3000}]))
+    first, = inspect_json(capsys, mixture)
+    assert (first["samples"], first["looked_at"], first["usable"]) == (3000, 2000, 2000)
+    assert inspect_json(capsys, mixture) == [first]
+
+
+def test_captions_and_answers_are_those_of_the_task(tmp_path, capsys):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "an answer"}]
+    Image.new("RGB", (96, 120)).save(tmp_path / "0.png")
+    row = {"image": "0.png", "caption": "words", "conversations": turns}
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    lines = [{"path": "a.json", "task": task} for task in ("text2image", "image2text", "text")]
+    (tmp_path / "mixture.json").write_text(json.dumps(lines))
+    reports = inspect_json(capsys, tmp_path / "mixture.json")
+    assert [report["captions"] for report in reports] == [["words"], ["an answer"], ["an answer"]]
+
+
+def test_the_report_counts_system_turns_and_many_reasons(tmp_path, capsys):
+    turns = [{"role": "system", "content": "be short"}, {"role": "user", "content": "hi"},
+             {"role": "assistant", "content": "yes\u2028sir"}, {"role": "user", "content": "and?"}]
+    rows = [{"messages": turns}] * 3 + [{"messages": turns[1:2]}, {"messages": []}]
+    (tmp_path / "chat.json").write_text(json.dumps(rows))
+    (tmp_path / "mixture.json").write_text(json.dumps([{"path": "chat.json", "task": "text"}]))
+    report, = inspect_json(capsys, tmp_path / "mixture.json")
+    assert (report["usable"], report["bad"], sum(report["reasons"].values())) == (3, 2, 2)
+    assert report["captions"] == ["yes\u2028sir"] * 3
+    main(["inspect", str(tmp_path / "mixture.json"), "--out", str(tmp_path / "sheet.png")])
+    assert "    3 system turns dropped\n" in capsys.readouterr().out
 
 
 def test_cache_writes_a_mixture_with_latents(folder, capsys, monkeypatch):
@@ -75,6 +168,7 @@ def test_bad_input_is_one_line_and_status_2(folder, capsys):
         (["cache", "mixture.json", "--vae", "nothing.ckpt", "--out", "x"], "nothing.ckpt: no such file"),
         (["inspect", "mixture.json", "--tokenizer", "mixture.json"], "mixture.json: no such file"),
         (["cache", "nowhere.json", "--out", "x"], "nowhere.json: no such file"),
+        (["cache", "mixture.json", "--out", "x", "--json"], "--json belongs to inspect"),
     ):
         with pytest.raises(SystemExit) as end:
             main(args)

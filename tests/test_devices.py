@@ -58,6 +58,19 @@ def test_the_dtype_of_auto(tmp_path, monkeypatch, multiplies, dtype):
     assert choose_dtype(tmp_path, CPU) == dtype, "a folder counts with all its shards"
 
 
+def test_the_dtype_of_auto_finds_every_form_of_path(tmp_path, monkeypatch):
+    """With ~, with a slash behind, and folders of pytorch_model.bin."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    with open(tmp_path / "folder" / "pytorch_model.bin", "wb") as file:
+        file.truncate(2 * 10 ** 9)                                          # sparse
+    for path in ("~/folder", "~/folder/", f"{tmp_path}/folder/", tmp_path / "folder"):
+        assert choose_dtype(path, CPU) == torch.bfloat16
+    with pytest.raises(FileNotFoundError, match="~/none: no such file or folder"):
+        choose_dtype("~/none", CPU)
+
+
 def test_a_torch_without_onednn_computes_in_float32(tmp_path, monkeypatch):
     """Such a build has no function to ask for products of bfloat16."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)

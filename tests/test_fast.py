@@ -1,5 +1,6 @@
 """Fast paths against the plain ones."""
 import copy
+import io
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from harmon import Harmon
 from harmonkit import fast
 from harmonkit.fast import (
     HAS_ONEDNN,
+    PackedLinear,
     accelerate,
     batch_modulations,
     chunk_next_token_loss,
@@ -147,10 +149,80 @@ def test_packed_bfloat16_is_as_near_to_float32_as_plain_bfloat16(small):
         assert packed.proj_in[0](randn(*shape).bfloat16()).shape == shape
 
 
+def outputs(model):
+    """An answer and, in grey levels, a picture."""
+    answer = list(model.llm.generate(randn(1, 5, 32).to(model.dtype), max_new_tokens=8))
+    return answer, levels(model.generate_image("a red circle", seed=3, num_iter=2))
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+def loaded(model):
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    return model
+
+
+def packed_again(model):
+    return accelerate(accelerate(model, "packed"), "auto")
+
+
+@needs_onednn
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("change", [copy.deepcopy, pickled, loaded, packed_again,
+                                    lambda model: model.to("cpu"), lambda model: model.float(),
+                                    lambda model: model.bfloat16()])
+def test_a_packed_model_is_copied_pickled_loaded_and_packed_again(small, change):
+    """The result draws and answers the same, is packed, and depends no longer on what it was made of."""
+    dtype = change(copy.deepcopy(small)).dtype
+    plain = copy.deepcopy(small).to(dtype)
+    packed = accelerate(copy.deepcopy(small), "packed")
+    changed = change(packed)
+    assert changed.proj_in[0].weight.is_mkldnn and is_packed(changed)
+    assert changed.llm.lm_head.weight is changed.llm.model.embed_tokens.weight, "still tied"
+    state = changed.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())
+    expected = outputs(accelerate(copy.deepcopy(plain), "packed"))
+    if changed is not packed:
+        packed.mar.load_state_dict({name: tensor * 0 for name, tensor in packed.mar.state_dict().items()})
+    answer, picture = outputs(changed)
+    assert answer == expected[0] and torch.equal(picture, expected[1])
+
+
+@needs_onednn
+def test_a_packed_model_goes_where_nothing_is_packed(small):
+    """In float16 and float64 it computes as a plain model does, and back in float32 it is packed again."""
+    packed = accelerate(copy.deepcopy(small), "packed")
+    for dtype in (torch.float16, torch.float64):
+        plain = copy.deepcopy(small).to(dtype)
+        packed.load_state_dict(small.state_dict())
+        packed.to(dtype)
+        assert packed.dtype == dtype and not packed.proj_in[0].weight.is_mkldnn
+        x = randn(3, 32).to(dtype)
+        with torch.no_grad():
+            for name, part in parts(plain).items():
+                assert torch.allclose(parts(packed)[name](x), part(x), rtol=1e-3, atol=1e-3), name
+        packed.float()
+        assert packed.proj_in[0].weight.is_mkldnn
+    assert packed.to("meta").proj_in[0].weight.device.type == "meta"
+
+
+@needs_onednn
+def test_packed_weights_of_another_model_are_loaded(small):
+    packed, other = accelerate(copy.deepcopy(small), "packed"), shake(copy.deepcopy(small), seed=5)
+    packed.load_state_dict(other.state_dict())
+    answer, picture = outputs(packed)
+    expected = outputs(other)
+    assert answer == expected[0] and (picture - expected[1]).abs().max() <= 1
+
+
 # ---- modes -----------------------------------------------------------------------------------------------
 
 def is_packed(model):
-    return "forward" in vars(model.llm.lm_head)
+    return isinstance(model.llm.lm_head, PackedLinear)
 
 
 def test_auto_packs_where_it_pays(small):

@@ -2,6 +2,7 @@ import copy
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -247,6 +248,15 @@ def test_known_tokens_of_a_canvas_stay(small, latents):
 def test_settings_out_of_range_are_named(small, name, value):
     with pytest.raises(ValueError, match=f"^{name} is "):
         small.sample(*prompt(small, PROMPTS), **{name: value})
+
+
+def test_settings_may_be_numbers_of_numpy(small):
+    settings = dict(num_iter=2, cfg=2.5, temperature=0.5, num_sampling_steps=4, cfg_schedule="linear")
+    kinds = dict(num_iter=np.int64, cfg=np.float32, temperature=np.float64, num_sampling_steps=np.int32)
+    of_numpy = settings | {name: kind(settings[name]) for name, kind in kinds.items()}
+    plain, other = (small.sample(*prompt(small, PROMPTS), generator=generator(), **each)
+                    for each in (settings, of_numpy))
+    assert torch.equal(plain, other)
 
 
 def test_guidance_needs_pairs_of_prompts(small):

@@ -1,15 +1,20 @@
 """Cached latents are those of the pixels, and a cache of another VAE, size or source is refused."""
+from dataclasses import replace
+from importlib.util import find_spec
+
 import pytest
 import torch
 from conftest import SMALL
-from data_files import color, write_shard
+from data_files import color, open_lines, write_shard
+from every_form import write_every_form
 
 from harmonkit import checkpoints
 from harmonkit.config import HarmonConfig
 from harmonkit.data import latents
 from harmonkit.data.latents import LatentCache, cache_latents, vae_encoder
 from harmonkit.data.mixture import MixtureDataset, Source
-from harmonkit.data.sources import SkipSample, open_source
+from harmonkit.data.records import SkipSample
+from harmonkit.data.sources import open_source
 from vae import AutoencoderKL
 
 
@@ -41,6 +46,23 @@ def test_cached_latents_are_those_of_the_pixels(small, source, tmp_path, monkeyp
     cached = Source("a.tar", "text2image", 1, source.samples, cache)
     batch = MixtureDataset([cached], {"text2image": 1}, 4, 64)[0]
     assert batch["latents"].shape == (4, 8, 8, 4) and "pixels" not in batch
+
+
+def test_every_form_trains_alike_from_pixels_and_from_a_cache(tmp_path):
+    def encode(pixels):
+        return pixels[:, :, ::16, ::16].permute(0, 2, 3, 1)
+
+    written = write_every_form(tmp_path, count=3, with_parquet=find_spec("pyarrow") is not None)
+    for number, source in enumerate(open_lines(tmp_path, *(line for line, _, _ in written))):
+        batch = MixtureDataset([source], {source.task: 1}, 3, 64)[0]
+        assert batch["skipped"] == []
+        if source.task == "text":
+            continue
+        folder = tmp_path / f"cache{number}"
+        cache_latents(encode, source, folder, 64, crops=2)
+        cached = MixtureDataset([replace(source, latents=LatentCache(folder))], {source.task: 1}, 3, 64)[0]
+        assert torch.allclose(cached["latents"], encode(batch["pixels"]), atol=0.01), source.path
+        assert "pixels" not in cached and len(cached["turns"]) == 3
 
 
 @pytest.mark.parametrize("task, crops, count", [("reca", 3, 3), ("reca", 0, 1), ("image2text", 3, 1)])

@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -216,6 +217,13 @@ def test_the_first_of_an_order_are_masked():
 ])
 def test_settings_out_of_range_are_named(name, value):
     with pytest.raises(ValueError, match=rf"^{name} is '?{value}"):
+        Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["num_iter", "cfg", "temperature", "num_sampling_steps"])
+@pytest.mark.parametrize("value", ["3", [3], np.float32("nan"), np.float64("inf"), -np.int64(1), 1j])
+def test_settings_that_are_no_numbers_are_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is .*; it must be a "):
         Sampling(**{name: value})
 
 

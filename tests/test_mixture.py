@@ -10,7 +10,8 @@ from data_files import LINES, RATIO, color, open_lines, png, write_shard, write_
 from harmonkit.chat_template import GENERATE, IGNORE_INDEX, IMAGE_TOKEN_ID, UNCONDITIONAL
 from harmonkit.data import mixture
 from harmonkit.data.mixture import MixtureDataset, SampleCounts, Source, loss_arguments, open_mixture, prepare
-from harmonkit.data.sources import Sample, SkipSample, open_source
+from harmonkit.data.records import Sample, SkipSample
+from harmonkit.data.sources import open_source
 
 
 def world(task, count, latents=None):
@@ -31,10 +32,18 @@ class FlatLatents:
     ({"path": "nowhere", "task": "text"}, "source 1: .*nowhere: no such file or folder"),
     ({"path": "shapes_photos", "task": "text2image"}, "source 1: .*/shapes_photos: no such file or folder"),
     ({"path": "classes", "task": "draw"}, "task 'draw' must be one of"),
-    ({"path": "classes", "task": "text2image", "weight": 0}, "weight 0 above 0"),
-    ({"path": "classes", "task": "text", "weight": "x"}, "path, task and a number as weight are needed"),
-    ({"path": "classes"}, "path, task and a number as weight are needed .*'task'"),
-    ({"path": "classes", "task": "text2image", "colour": 1}, "classes: got an unexpected .* 'colour'"),
+    ({"path": "classes", "task": "text2image", "weight": 0}, "weight 0 a number above 0"),
+    ({"path": "classes", "task": "text", "weight": "x"}, "weight 'x' a number above 0"),
+    ({"path": "classes", "task": "text", "weight": float("nan")}, "weight nan a number above 0"),
+    ({"path": "classes", "task": "text", "weight": float("inf")}, "weight inf a number above 0"),
+    ({"path": "classes"}, "source 1: path and task are needed; here: path"),
+    ({"task": "text"}, "source 1: path and task are needed; here: task"),
+    ({"path": ["a.tar", "b.tar"], "task": "text2image"}, "path is .'a.tar', 'b.tar'.; a text is expected"),
+    ({"path": "classes", "task": "text2image", "images": 3}, "images is 3; a text is expected"),
+    ({"path": "classes", "task": "text2image", "colour": 1},
+     "unknown key 'colour'; known: path, task, weight, latents, text, images, captions"),
+    ({"path": "classes", "task": "text2image", "count": 1}, "classes: unknown option 'count'; a .* has capt"),
+    ({"path": "classes", "task": "text2image", "text": 1}, "text is 1; the name of a field is expected"),
     ({"path": "{00000..00003}.tar", "task": "text2image"}, r"00002.tar: no such .*\(missing: 2 of 4\)"),
     ({"path": "images/0.png", "task": "text2image"}, "neither a folder nor"),
     ({"path": "captions", "task": "text2image"}, "no samples in it"),
@@ -60,6 +69,11 @@ def test_a_file_that_is_no_mixture(tmp_path, content, message):
         open_mixture(tmp_path / "b.json")
 
 
+def test_a_folder_is_no_mixture(tmp_path):
+    with pytest.raises(ValueError, match="a folder; a JSON file that names it is expected"):
+        open_mixture(tmp_path)
+
+
 def test_a_mixture_in_toml(tmp_path):
     pytest.importorskip("tomllib")
     write_sources(tmp_path)
@@ -76,7 +90,7 @@ def test_a_mixture_in_toml(tmp_path):
 
 def test_a_sample_that_lacks_a_part_is_skipped():
     empty = Sample("a", None)
-    for task, reason in {"reca": "no image", "text": "neither conversation nor caption"}.items():
+    for task, reason in {"reca": "no image", "text": "no conversation or caption"}.items():
         with pytest.raises(SkipSample, match=f"a: {reason}"):
             prepare(empty, task, 64, random.Random(0))
     cached = torch.zeros(1, 8, 8, 4)
@@ -225,7 +239,7 @@ def test_a_source_without_one_usable_sample(tmp_path):
     source, = open_lines(write_sources(tmp_path), {"path": "classes", "task": "text2image"})
     for file in (tmp_path / "classes").glob("*/*.png"):
         file.write_bytes(png(0)[:20])
-    with pytest.raises(ValueError, match="no usable sample among 2, the last: .*classes:.*: not an image"):
+    with pytest.raises(ValueError, match="no usable sample among 2, the last: .*/a.png: not an image"):
         MixtureDataset([source], {"text2image": 1}, 1, 64)[0]
 
 
@@ -236,3 +250,18 @@ def test_a_mixture_file_is_read_with_absolute_paths(tmp_path, monkeypatch):
     pairs, shapes = open_mixture("../mixture.json")
     assert pairs.samples[2].caption(None) == "caption 2"
     assert (shapes.path, len(shapes.samples)) == ("shapes", 20)
+
+
+def test_paths_in_the_home_folder_and_a_byte_order_mark(tmp_path, monkeypatch):
+    write_sources(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a").mkdir()
+    line = {"path": "~/data_info.json", "images": "~/images", "captions": "~/captions", "task": "text2image"}
+    (tmp_path / "a" / "a.json").write_text("\ufeff" + json.dumps([line]), encoding="utf-8")
+    toml = "".join(f"{key} = {json.dumps(value)}\n" for key, value in line.items())
+    (tmp_path / "a" / "a.toml").write_text("\ufeff[[source]]\n" + toml, encoding="utf-8")
+    for name in ("a.json", "a.toml"):
+        source, = open_mixture(tmp_path / "a" / name)
+        assert source.path == str(tmp_path / "data_info.json")
+        assert source.samples[2].image().getpixel((5, 5)) == color(2)
+        assert source.samples[2].caption(None) == "caption 2"

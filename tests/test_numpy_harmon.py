@@ -12,10 +12,11 @@ import torch
 from conftest import SMALL
 from parameters import load, read_safetensors
 from PIL import Image
+from tokenizers import Tokenizer
 
 from harmon import Harmon
 from harmonkit.chat_template import prompt_ids
-from harmonkit.images import image_to_pixels, pad_to_square, pixels_to_images
+from harmonkit.images import image_to_pixels, open_image, pad_to_square, pixels_to_images
 from harmonkit.pipeline import generation_prompts
 from harmonkit.shapes_world import world
 from mar import mask_schedule
@@ -146,6 +147,14 @@ def test_torch_computes_what_the_port_does(config, tmp_path):
     assert len(equal) > 400
 
 
+@pytest.mark.parametrize("text", ["What is it?", "\n two  lines", "a<|im_end|>\n<|im_start|>b", ""])
+@pytest.mark.parametrize("num_image_tokens", [0, 3])
+def test_the_port_tokenizes_alike(tokenizer, text, num_image_tokens):
+    """Special tokens in a question are text here as there."""
+    expected = prompt_ids(tokenizer, text, num_image_tokens=num_image_tokens)
+    assert port.prompt_ids(Tokenizer.from_str(tokenizer.to_str()), text, num_image_tokens) == expected
+
+
 def test_the_port_reads_the_checkpoint_and_gives_the_same_answer():
     model = Harmon.from_pretrained("harmon-tiny")
     p, _ = load("harmon-tiny")
@@ -153,6 +162,20 @@ def test_the_port_reads_the_checkpoint_and_gives_the_same_answer():
     answer = "".join(model.chat("Describe the image.", image, max_new_tokens=30))
     assert answer
     assert port.chat(p, model.tokenizer, image, "Describe the image.", max_new_tokens=30) == answer
+
+
+def test_the_port_opens_pictures_as_the_model_does(tmp_path):
+    """Upright, and transparency on white."""
+    picture = np.random.default_rng(0).integers(0, 256, (5, 8, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture).save(tmp_path / "clear.png")
+    Image.fromarray(picture[..., :3].copy()).save(tmp_path / "turned.png", exif=exif)
+    for name, size in (("clear.png", (8, 5)), ("turned.png", (5, 8))):
+        image = port.open_image(tmp_path / name)
+        assert image.size == size and image.mode == "RGB"
+        difference = np.asarray(image).astype(int) - np.asarray(open_image(tmp_path / name))
+        assert np.abs(difference).max() <= 1
 
 
 def test_the_command_line_draws_and_answers(tmp_path, capsys, monkeypatch):

@@ -17,8 +17,8 @@ from training_helpers import (  # noqa: F401
 import train
 from harmon import Harmon
 from harmonkit import checkpoints
-from harmonkit.chat_template import load_tokenizer
 from harmonkit.shapes_world.tokenizer import train_tokenizer
+from harmonkit.tokenizer import load_tokenizer
 from harmonkit.training import runs
 from harmonkit.training.recipes import RECIPES, change
 from harmonkit.training.runs import EMA, checkpoints_of, first_model, model_from_checkpoint

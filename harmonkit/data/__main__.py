@@ -1,6 +1,7 @@
 """Inspect a mixture before a run, or cache the VAE latents of its images.
 
-    python -m harmonkit.data inspect mixture.json    # counts, broken samples, 16 samples as a model gets them
+    python -m harmonkit.data inspect mixture.json    # formats, counts, broken samples, and 16 drawn samples
+    python -m harmonkit.data inspect mixture.json --json   # a JSON object for each source, on a line
     python -m harmonkit.data cache mixture.json --vae kl16.ckpt --size 256 --out latents   # or under torchrun
 """
 import argparse
@@ -11,12 +12,12 @@ from pathlib import Path
 import torch
 
 from harmon import Harmon
-from harmonkit.chat_template import load_tokenizer
 from harmonkit.checkpoints import find_model, write_text
-from harmonkit.data.inspect import inspect
+from harmonkit.data.inspect import inspect, look_at
 from harmonkit.data.latents import cache_latents, vae_encoder
 from harmonkit.data.mixture import open_mixture, read_mixture
 from harmonkit.devices import choose_device, rank_and_world_size
+from harmonkit.tokenizer import load_tokenizer
 
 
 def cache(mixture, encode, size, crops, out):
@@ -44,10 +45,16 @@ def main(argv=None):
     add("--size", type=int, default=256, help="side of the square images, pixels (default: 256)")
     add("--center", action="store_true", help="cache: one middle crop instead of two random ones")
     add("--device", help="default: cuda if there is one; under torchrun each process has its own")
+    add("--json", action="store_true", help="inspect: JSON on stdout; draws nothing and needs no model")
     add("--out", type=Path, help="inspect: the contact sheet (default: out/inspect.png); cache: a folder")
     args = parser.parse_args(argv)
     try:
-        if args.command == "inspect":
+        if args.json and args.command != "inspect":
+            raise ValueError("--json belongs to inspect")
+        if args.json:
+            for number, source in enumerate(open_mixture(args.mixture)):
+                print(json.dumps(look_at(source, number, args.size).to_json()), flush=True)
+        elif args.command == "inspect":
             tokenizer = load_tokenizer(args.tokenizer or find_model(args.model))
             print(f"in the tokens of {args.tokenizer or args.model}, at {args.size} pixels")
             inspect(open_mixture(args.mixture), tokenizer, args.size, args.out or Path("out/inspect.png"))

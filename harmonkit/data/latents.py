@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from harmonkit import checkpoints
 from harmonkit.config import HarmonConfig, read_json
-from harmonkit.data.sources import SkipSample, usable_image
+from harmonkit.data.records import SkipSample, usable_image
 from harmonkit.images import image_to_pixels, training_squares
 from vae import AutoencoderKL, VAEConfig
 

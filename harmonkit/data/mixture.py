@@ -1,11 +1,13 @@
 """Mixtures of sources: the file that lists them, the model's view of a sample, the order of a run.
 
 A mixture is a JSON list (or TOML, [[source]]) of {"path": …, "task": …, "weight": …}, with the options of the
-source's format (sources.py) and "latents", a folder of cached latents. Paths are relative to the file.
+source's format (sources.py) and "latents", a folder of cached latents. Paths are relative to the file; ~ is
+the home folder.
 Tasks are "text2image", "image2text", "text" and "reca", reconstruction alignment.
 
 Letters: B batch, L text length, S image side in pixels, h×w token grid, C latent channels.
 """
+import os
 import random
 import sys
 from collections import Counter
@@ -20,7 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from harmonkit.chat_template import GENERATE, IGNORE_INDEX, UNCONDITIONAL, pad, training_ids
 from harmonkit.config import read_json
 from harmonkit.data.latents import LatentCache
-from harmonkit.data.sources import BUILT_IN, PATH_OPTIONS, SkipSample, open_source, usable_image
+from harmonkit.data.records import SkipSample, lacking, usable_image
+from harmonkit.data.sources import BUILT_IN, FORMATS, PATH_OPTIONS, open_source, options_of
 from harmonkit.images import image_to_pixels, training_squares
 from harmonkit.pipeline import token_grid
 
@@ -44,14 +47,17 @@ class Source:
 
 def read_mixture(file) -> list:
     """The lines of a mixture file, dictionaries, with absolute paths. Raises ValueError or OSError."""
+    if os.path.isdir(file):
+        raise ValueError(f'{file}: a folder; a JSON file that names it is expected, [{{"path", "task"}}]')
     lines = read_toml(file) if Path(file).suffix == ".toml" else read_json(file)
     if not isinstance(lines, list) or not lines or not all(isinstance(line, dict) for line in lines):
         raise ValueError(f'{file}: a list of sources is expected, {{"path", "task", "weight"}} each')
     folder = Path(file).absolute().parent
     for line in lines:
         for key in ("path", "latents", *PATH_OPTIONS):
-            if line.get(key) and str(line[key]) not in BUILT_IN:    # "shapes" is no path
-                line[key] = str(folder / str(line[key]))
+            value = line.get(key)
+            if isinstance(value, str) and value and value not in BUILT_IN:          # "shapes" is no path
+                line[key] = str(folder / os.path.expanduser(value))
     return lines
 
 
@@ -59,7 +65,7 @@ def read_toml(file):
     try:
         import tomllib
 
-        return tomllib.loads(Path(file).read_text()).get("source")
+        return tomllib.loads(Path(file).read_text(encoding="utf-8-sig")).get("source")
     except (ImportError, ValueError) as error:
         raise ValueError(f"{file}: not TOML, or Python is older than 3.11 ({error})") from None
 
@@ -70,18 +76,32 @@ def open_mixture(file, tasks=TASKS) -> list:
     for number, line in enumerate(read_mixture(file), start=1):
         where = f"{file}: source {number}"
         try:
-            sources.append(open_line(tasks, **line))
-        except TypeError as error:
-            raise ValueError(f"{where}: path, task and a number as weight are needed ({error})") from None
+            sources.append(open_line(tasks, line))
         except (ValueError, FileNotFoundError) as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(f"{where}: {error}") from None
     return sources
 
 
-def open_line(tasks, *, path, task, weight=1, latents=None, **options) -> Source:
-    if task not in tasks or not weight > 0:
-        raise ValueError(f"task {task!r} must be one of {', '.join(tasks)}, and weight {weight} above 0")
+def open_line(tasks, line) -> Source:
+    """The Source of a mixture's line. Raises ValueError or FileNotFoundError."""
+    options = dict(line)
+    path, task = options.pop("path", None), options.pop("task", None)
+    weight, latents = options.pop("weight", 1), options.pop("latents", None)
+    of_formats = [option for format in (*FORMATS, *BUILT_IN.values()) for option in options_of(format)]
+    known = dict.fromkeys(["path", "task", "weight", "latents", *of_formats])
+    for key in line:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r}; known: {', '.join(known)}")
+    for key in ("path", *PATH_OPTIONS, "latents"):
+        if key in line and not (isinstance(line[key], str) and line[key]):
+            raise ValueError(f"{key} is {line[key]!r}; a text is expected")
+    if path is None or task is None:
+        raise ValueError(f"path and task are needed; here: {', '.join(line) or 'nothing'}")
+    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if task not in tasks or not is_number or not 0 < weight < float("inf"):
+        raise ValueError(f"task {task!r} must be one of {', '.join(tasks)}, and weight {weight!r} a number "
+                         "above 0")
     samples = open_source(path, **options)
     return Source(path, task, weight, samples, LatentCache(latents) if latents else None)
 
@@ -107,13 +127,13 @@ def prepare(sample, task, size, rng, cached=None) -> dict:
         row["turns"] = [(DESCRIBE, None)]
     elif task == "text2image":
         if sample.caption is None:
-            raise SkipSample(sample.name, "no caption, and the task needs one")
+            raise SkipSample(sample.name, lacking("caption", sample))
         is_dropped = rng.random() < CAPTION_DROP
         prompt = UNCONDITIONAL if is_dropped else GENERATE.format(caption=sample.caption(rng))
         row["turns"] = [(prompt, None)]
     elif task in ("image2text", "text"):
         if sample.turns is None and sample.caption is None:
-            raise SkipSample(sample.name, "neither conversation nor caption")
+            raise SkipSample(sample.name, lacking("conversation or caption", sample))
         row["turns"] = sample.turns(rng) if sample.turns else [(DESCRIBE, sample.caption(rng))]
     return row
 

@@ -1,8 +1,11 @@
 """harmon-tiny draws six prompts -> out/demo.png, and answers questions about the first image -> stdout."""
+import json
+
 from PIL import Image, ImageDraw
 
 from harmon import Harmon
-from harmonkit.checkpoints import atomic_write
+from harmonkit.images import save_png
+from harmonkit.outputs import fingerprint
 from harmonkit.scripts import errors_in_one_line
 
 PROMPTS = ("three blue stars", "a green cross", "a yellow circle and a purple square",
@@ -31,8 +34,9 @@ def main():
     with errors_in_one_line("demo"):
         model = Harmon.from_pretrained()
         images = model.generate_image([p for p in PROMPTS for _ in range(4)], num_iter=16, progress=True)
-        with atomic_write("out/demo.png") as temporary:
-            contact_sheet(images).save(temporary)
+        settings = json.dumps({"num_iter": 16, "model": "harmon-tiny", "weights": fingerprint(model)})
+        sheet = contact_sheet(images)
+        save_png("out/demo.png", sheet, prompts=json.dumps(PROMPTS), seed=0, settings=settings)
         print(f"out/demo.png: {len(images)} images of six prompts")
         for question in QUESTIONS:
             print(f"{question}  {''.join(model.chat(question, images[0]))}")

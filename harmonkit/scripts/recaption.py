@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from harmonkit.chat_template import ASSISTANT, END, USER, load_tokenizer, pad, tokenize
-from harmonkit.checkpoints import load_strict, read
-from harmonkit.config import read_json
+from harmonkit.chat_template import END, answer_ids, message_ids, pad
+from harmonkit.checkpoints import decide_tying, find_model, load_strict, read
+from harmonkit.config import qwen_config, read_json
 from harmonkit.devices import DTYPES, choose_device, rank_and_world_size
 from harmonkit.pipeline import generate_batch
 from harmonkit.scripts import argument_parser, errors_in_one_line
-from llm import Qwen2, QwenConfig
+from harmonkit.tokenizer import load_tokenizer
+from llm import Qwen2
 
 PROMPT = (
     "Here is a detailed image description: {caption}. Rewrite it into a much shorter, vivid, and visually "
@@ -27,21 +28,21 @@ PROMPT = (
     "the scene. Ensure the description is concise, clear, and optimized for use with a text-to-image "
     "generation model.")
 # Qwen2.5-Instruct's own system prompt.
-SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-CHAT = f"{SYSTEM}{END}\n{USER}{PROMPT}{END}\n{ASSISTANT}"
+SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 
 def read_lines(path, key, kind):
     """Yield (number, row) of the JSON lines whose `key` is of that kind. Report others on stderr."""
-    with open(path, errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as file:
         for number, text in enumerate(file):
             try:
                 row = json.loads(text)
                 if not isinstance(row[key], kind) or not str(row[key]).strip():
                     raise ValueError(f"{key} is {row[key]!r}")
+                str(row[key]).encode()                                      # raises for half a character
                 yield number, row
             except (ValueError, KeyError, TypeError) as error:
-                print(f"skipped {path}:{number + 1}: {error!r}", file=sys.stderr)
+                print(f"skipped {path}:{number + 1}: {repr(error)[:200]}", file=sys.stderr)
 
 
 def passes(row, min_aesthetic=None, max_aspect=None, min_side=None) -> bool:
@@ -59,19 +60,23 @@ def passes(row, min_aesthetic=None, max_aspect=None, min_side=None) -> bool:
 
 def load_llm(folder, device, dtype):
     """A Qwen2.5 folder -> (Qwen2 in eval mode, tokenizer). Raises FileNotFoundError or ValueError."""
-    content = read_json(Path(folder) / "config.json")
+    file = find_model(folder) / "config.json"
+    tensors = read(file.parent)
+    config = decide_tying(qwen_config(read_json(file), file), tensors, folder)
     with torch.device("meta"):
-        llm = Qwen2(QwenConfig(**{k: content[k] for k in QwenConfig.__dataclass_fields__ if k in content}))
-    load_strict(llm, read(folder), folder, device=device, dtype=dtype)
+        llm = Qwen2(config)
+    load_strict(llm, tensors, folder, device=device, dtype=dtype)
     llm.tie_weights()
-    return llm.eval(), load_tokenizer(folder)
+    return llm.eval(), load_tokenizer(file.parent, config.vocab_size)
 
 
 @torch.no_grad()
 def rewrite(llm, tokenizer, captions, max_new_tokens=128) -> list:
     """A short prompt for each caption, decoded greedily in one batch; none depends on the others."""
-    texts = [CHAT.format(caption=caption.strip().rstrip(".")) for caption in captions]
-    ids, attention_mask = pad(tokenizer, [tokenize(tokenizer, text) for text in texts])
+    before = message_ids(tokenizer, "system", SYSTEM)
+    prompts = [PROMPT.format(caption=caption.strip().rstrip(".")) for caption in captions]
+    messages = [message_ids(tokenizer, "user", prompt) for prompt in prompts]
+    ids, attention_mask = pad(tokenizer, [before + message + answer_ids(tokenizer) for message in messages])
     device = llm.lm_head.weight.device
     embeds = llm.model.embed_tokens(ids.to(device))                         # (B, L, H)
     answers = generate_batch(llm, embeds, attention_mask.to(device), max_new_tokens=max_new_tokens,
@@ -118,7 +123,7 @@ def main(argv=None):
                 prompts = rewrite(llm, tokenizer, captions, args.max_new_tokens)
                 for row, prompt in zip(batch, prompts, strict=True):
                     row["short"] = prompt
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.write(json.dumps(row) + "\n")
                 file.flush()
         print(args.out)
 

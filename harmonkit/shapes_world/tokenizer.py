@@ -5,10 +5,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from harmonkit.chat_template import ASSISTANT, END, GENERATE, PAD, USER
 from harmonkit.shapes_world.world import FACTS, caption, questions, scene
-
-# Qwen2.5 splits text before BPE into contractions, words, single digits, punctuation, line ends and spaces.
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+from harmonkit.tokenizer import WORDS
 
 
 def corpus(seed):

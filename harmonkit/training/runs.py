@@ -14,12 +14,12 @@ import torch
 
 from harmon import Harmon, HarmonConfig
 from harmonkit import checkpoints
-from harmonkit.chat_template import load_tokenizer
 from harmonkit.data.latents import LatentCache, cache_latents
 from harmonkit.data.mixture import Source, open_mixture
 from harmonkit.data.sources import open_source
 from harmonkit.devices import barrier
 from harmonkit.shapes_world.tokenizer import train_tokenizer
+from harmonkit.tokenizer import load_tokenizer
 from harmonkit.training.optim import load_state, make_optimizer, parameter_groups
 from harmonkit.training.recipes import settings
 
@@ -144,7 +144,7 @@ class Run:
         if not file.exists():
             raise ValueError(f"{file}: process {self.args.rank} does not see this file of process 0; --runs "
                              "must be a folder that all nodes share")
-        return load_tokenizer(file)
+        return load_tokenizer(file, self.model.config.llm.vocab_size)
 
     def save(self, step):
         """Write the checkpoint after `step` steps; keep the newest two. Raises OSError on a full disk."""
@@ -180,7 +180,7 @@ def first_model(name, recipe, args) -> Harmon:
             raise FileNotFoundError(f"{before}: no checkpoint; {name} starts from {recipe.after}, which must "
                                     "run first, or from --init")
         model = model_from_checkpoint(found[1])
-        model.tokenizer = load_tokenizer(before)
+        model.tokenizer = load_tokenizer(before, model.config.llm.vocab_size)
         return model
     if not recipe.from_scratch and not (args.init_llm and args.init_mar and args.vae and args.config):
         raise ValueError(f"{name} starts from trained weights: give --init, a Harmon model, or --init-llm, "
@@ -200,11 +200,12 @@ def first_model(name, recipe, args) -> Harmon:
 
 def first_tokenizer(model, args):
     """That of --tokenizer, --init-llm, --init or the recipe before, else one trained on the shapes world."""
+    vocab_size = model.config.llm.vocab_size
     if args.tokenizer:
-        return load_tokenizer(args.tokenizer)
+        return load_tokenizer(args.tokenizer, vocab_size)
     if args.init_llm and Path(args.init_llm).is_dir():
-        return load_tokenizer(args.init_llm)
-    return model.tokenizer or train_tokenizer(model.config.llm.vocab_size)
+        return load_tokenizer(args.init_llm, vocab_size)
+    return model.tokenizer or train_tokenizer(vocab_size)
 
 
 def open_sources(model, recipe, args) -> list:
