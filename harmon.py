@@ -62,9 +62,8 @@ class Harmon(nn.Module):
     def decode(self, latents):
         """latents (B, h, w, C) -> pixels (B, 3, s·h, s·w), about in [-1, 1]."""
         z = (latents / self.config.vae_scale).permute(0, 3, 1, 2).to(self.dtype)
-        # At most a megapixel at once, which bounds the memory.
-        images_at_once = max(1, 2 ** 20 // (z.shape[2] * z.shape[3] * self.config.vae.stride ** 2))
-        return torch.cat([self.vae.decode(part) for part in z.split(images_at_once)])
+        # One at a time: it bounds the memory, and no image depends on its batch.
+        return torch.cat([self.vae.decode(part) for part in z.split(1)])
 
     # ---- the three parts of a pass: see, think, draw ---------------------------------------------
 

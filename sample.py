@@ -24,8 +24,9 @@ with quits_at_once("sample.py"):                    # torch takes seconds to imp
     from harmonkit.devices import DTYPES, choose_device, choose_dtype, rank_and_world_size
     from harmonkit.fast import MODES, accelerate
     from harmonkit.images import open_mask, save_png
-    from harmonkit.pipeline import token_grid
+    from harmonkit.pipeline import generation_prompts, token_grid
     from harmonkit.prompts import check_text, read_prompts
+    from harmonkit.repeatable import make_repeatable
     from harmonkit.terminal import Parser, errors_in_one_line, file_path, next_line
 
 MAX_SIDE = 8192                                     # pixels; attention takes memory for every pair of tokens
@@ -181,7 +182,10 @@ def draw(model, args, size, inputs, settings):
     for sheet in left:
         if not waiting[sheet.path]:                                 # only the grid is missing
             show(sheet.finish())
-    cut = outputs.batches(jobs, args.batch_size)
+
+    def padded_length(prompt):
+        return generation_prompts(model, [prompt], settings["cfg"])[0].shape[1]
+    cut = outputs.batches(jobs, args.batch_size, padded_length)
     for batch in tqdm(cut, desc="batches", disable=None if len(cut) > 1 else True):
         prompts = [picture.prompt for _, picture in batch]
         seeds = [picture.seed for _, picture in batch]
@@ -242,6 +246,7 @@ def main(argv=None):
         settings = all_settings(model, args, size, inputs) if args.draws else None
         model = accelerate(model, args.mode)
         if args.draws:
+            make_repeatable(model)
             draw(model, args, size, inputs, settings)
         else:
             answer(model, args, size, **inputs)

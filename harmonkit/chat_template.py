@@ -96,9 +96,13 @@ def training_ids(tokenizer, turns, *, num_image_tokens=0, max_length=None) -> tu
     return ids[:end], labels[:end]
 
 
-def pad(tokenizer, rows) -> tuple:
-    """Lists of ids -> input_ids (B, L) padded on the right, attention_mask (B, L) bool, True = real."""
-    L = max(map(len, rows))
+def pad(tokenizer, rows, multiple=1) -> tuple:
+    """Lists of ids -> input_ids (B, L) padded on the right, attention_mask (B, L) bool, True = real.
+
+    L is a multiple of `multiple`.
+    """
+    longest = max(map(len, rows))
+    L = longest + -longest % multiple
     pad_id = tokenizer.token_to_id(PAD)
     input_ids = torch.tensor([row + [pad_id] * (L - len(row)) for row in rows])
     lengths = torch.tensor([len(row) for row in rows])

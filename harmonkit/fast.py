@@ -150,15 +150,21 @@ def pack(model):
                          f"{model.dtype} on {model.device}")
     for module in list(model.modules()):
         if type(module) is nn.Linear:
-            module.__class__ = PackedLinear
-            module.shares_weight = module.weight is model.llm.model.embed_tokens.weight
-            module.pack()
+            packed_linear(module, shares_weight=module.weight is model.llm.model.embed_tokens.weight)
         elif type(module) is llm.MLP:
             module.__class__ = PackedSwiGLU
         elif type(module) is mar.MLP:
             module.__class__ = PackedMLP
         elif type(module) is ResBlock:
             module.mlp.__class__ = PackedHeadMLP
+
+
+def packed_linear(layer, shares_weight=False):
+    """Pack a linear layer in place; returns it. shares_weight: its plain weight stays for others to read."""
+    layer.__class__ = PackedLinear
+    layer.shares_weight = shares_weight
+    layer.pack()
+    return layer
 
 
 # ---- the head's modulations, many diffusion steps at once ----------------------------------------

@@ -172,9 +172,17 @@ def divide(sheets, rank, world_size, overwrite=False) -> tuple:
     return [sheets[number] for number in done], [sheets[number] for number in mine], len(left)
 
 
-def batches(jobs, batch_size) -> list:
-    """Cut the jobs into lists of those that are drawn at once."""
-    return [jobs[start:start + batch_size] for start in range(0, len(jobs), batch_size)]
+def batches(jobs, batch_size, padded_length) -> list:
+    """Cut the jobs into lists of those that are drawn at once.
+
+    padded_length: prompt -> tokens. Only prompts of one padded length share a batch, so that no picture
+    depends on the others.
+    """
+    by_length = {}
+    for job in jobs:
+        by_length.setdefault(padded_length(job[1].prompt), []).append(job)
+    return [group[start:start + batch_size] for group in by_length.values()
+            for start in range(0, len(group), batch_size)]
 
 
 def remove_leftovers(sheets):

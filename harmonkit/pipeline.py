@@ -11,6 +11,7 @@ from harmonkit.chat_template import END, GENERATE, UNCONDITIONAL, pad, prompt_id
 from harmonkit.images import image_to_pixels, pad_to_square, pixels_to_images
 from llm import KVCache
 
+PROMPT_BLOCK = 32                   # prompts are padded to whole blocks, see repeatable.py
 CONTEXT_LENGTH = 32_768             # tokens with which Qwen2.5 was trained
 
 
@@ -47,7 +48,7 @@ def generation_prompts(model, prompts, cfg) -> tuple:
     texts = [GENERATE.format(caption=prompt.strip()) for prompt in prompts]
     if cfg != 1:
         texts += [UNCONDITIONAL] * len(prompts)
-    return pad(model.tokenizer, [prompt_ids(model.tokenizer, text) for text in texts])
+    return pad(model.tokenizer, [prompt_ids(model.tokenizer, text) for text in texts], PROMPT_BLOCK)
 
 
 def seeds_of(seed, count) -> list:

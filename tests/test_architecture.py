@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = ("harmon", "mar", "llm", "vae", "diffusion_head", "sample", "train")
 PACKAGES = {"torch", "numpy", "safetensors", "tokenizers", "PIL", "tqdm"}       # as they are imported
 CORE = ("chat_template", "config", "tokenizer", "weight_files", "checkpoints", "pipeline", "images", "colors",
-        "inpainting", "devices", "fast", "prompts", "outputs", "terminal",
+        "inpainting", "devices", "fast", "repeatable", "prompts", "outputs", "terminal",
         "interrupts")
 
 # Rooms from the bottom up. A module belongs to the longest name here that is its own or a package around it.

@@ -9,6 +9,7 @@ Weights are random: only sizes matter. GFLOP count products, convolutions and at
 modulations batched (fast.py); a multiply-add is two. The floor is their time at the rate of a large linear
 layer, or for a token of an answer the time to read the LLM's weights. Packed weights can be below it.
 """
+import copy
 import json
 from dataclasses import asdict, replace
 from functools import partial
@@ -94,7 +95,7 @@ def machine_rates(device, dtype, repeat):
     x = torch.randn(n, n, device=device, dtype=dtype)
     layers = {"GFLOP/s": torch.nn.Linear(n, n, bias=False, device=device, dtype=dtype)}
     if fast.packable(device, dtype):
-        layers["packed GFLOP/s"] = fast.Packed(layers["GFLOP/s"])
+        layers["packed GFLOP/s"] = fast.packed_linear(copy.deepcopy(layers["GFLOP/s"]))
     rates = {key: 2e-9 * n ** 3 / seconds(partial(layer, x), repeat) for key, layer in layers.items()}
     large = torch.ones(2 ** 28, device=device)                              # 1 GB, more than caches hold
     rates["GB/s"] = 4e-9 * len(large) / seconds(large.sum, repeat)
