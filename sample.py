@@ -24,7 +24,7 @@ with quits_at_once("sample.py"):                    # torch takes seconds to imp
     from harmonkit.devices import DTYPES, choose_device, choose_dtype, rank_and_world_size
     from harmonkit.fast import MODES, accelerate
     from harmonkit.images import open_mask, save_png
-    from harmonkit.pipeline import generation_prompts, token_grid
+    from harmonkit.pipeline import PROMPT_BLOCK, generation_prompts, token_grid
     from harmonkit.prompts import check_text, read_prompts
     from harmonkit.repeatable import make_repeatable
     from harmonkit.terminal import Parser, errors_in_one_line, file_path, next_line
@@ -184,7 +184,7 @@ def draw(model, args, size, inputs, settings):
             show(sheet.finish())
 
     def padded_length(prompt):
-        return generation_prompts(model, [prompt], settings["cfg"])[0].shape[1]
+        return generation_prompts(model, [prompt], settings["cfg"], PROMPT_BLOCK)[0].shape[1]
     cut = outputs.batches(jobs, args.batch_size, padded_length)
     for batch in tqdm(cut, desc="batches", disable=None if len(cut) > 1 else True):
         prompts = [picture.prompt for _, picture in batch]

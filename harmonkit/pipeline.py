@@ -43,12 +43,15 @@ def evaluation_mode(model):
 
 # ---- text -> images ------------------------------------------------------------------------------
 
-def generation_prompts(model, prompts, cfg) -> tuple:
-    """input_ids and attention_mask (rows, L) of prompts; with guidance as many unconditional rows follow."""
+def generation_prompts(model, prompts, cfg, multiple=1) -> tuple:
+    """input_ids and attention_mask (rows, L) of prompts; with guidance as many unconditional rows follow.
+
+    L is a multiple of `multiple`.
+    """
     texts = [GENERATE.format(caption=prompt.strip()) for prompt in prompts]
     if cfg != 1:
         texts += [UNCONDITIONAL] * len(prompts)
-    return pad(model.tokenizer, [prompt_ids(model.tokenizer, text) for text in texts], PROMPT_BLOCK)
+    return pad(model.tokenizer, [prompt_ids(model.tokenizer, text) for text in texts], multiple)
 
 
 def seeds_of(seed, count) -> list:
@@ -87,7 +90,7 @@ def generate_image(model, prompts, *, size=None, seed=0, cfg=3.0, image=None, ma
     if (image is None) != (mask is None):
         raise ValueError("image and mask go together: the mask says which part of the image is redrawn")
     grid = token_grid(model, size)
-    input_ids, attention_mask = generation_prompts(model, prompts, cfg)
+    input_ids, attention_mask = generation_prompts(model, prompts, cfg, PROMPT_BLOCK)
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     settings = dict(cfg=cfg, generator=generators, **sampling)
     if image is None:

@@ -7,7 +7,7 @@ import torch
 from harmon import Harmon
 from harmonkit.fast import accelerate
 from harmonkit.outputs import Picture, batches
-from harmonkit.pipeline import generation_prompts
+from harmonkit.pipeline import PROMPT_BLOCK, generation_prompts
 from harmonkit.repeatable import ROWS, PaddedLinear, make_repeatable
 
 PROMPTS = ["a red circle", "a green cross left of a yellow triangle", "two crosses", "one star"]
@@ -55,7 +55,7 @@ def test_prompts_of_one_padded_length_share_a_batch(small):
     jobs = [(None, Picture(None, text, 0, "{}")) for text in texts]
 
     def padded_length(prompt):
-        return generation_prompts(small, [prompt], 3.0)[0].shape[1]
+        return generation_prompts(small, [prompt], 3.0, PROMPT_BLOCK)[0].shape[1]
     cut = [[picture.prompt[0] for _, picture in batch] for batch in batches(jobs, 2, padded_length)]
     assert cut == [["a", "c"], ["d"], ["b", "b"]]
     assert padded_length("a") == 32 and padded_length("b " * 40) % 32 == 0
