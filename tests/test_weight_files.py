@@ -281,8 +281,8 @@ def test_hub_ids(hub, tmp_path, name):
 
 
 @pytest.mark.parametrize("path", [
-    "./x/y", "../no-such-x", "x/y/z", "/nowhere/at", "x.pth", "folder/model.pth", "folder/x.ckpt", "a b/c", "a/.b",
-    "folder/model.safetensors", "no-such-model", "", "x//y", "~/none/at", ".hidden/x"])
+    "./x/y", "../no-such-x", "x/y/z", "/nowhere/at", "x.pth", "folder/model.pth", "folder/x.ckpt", "a b/c",
+    "a/.b", "folder/model.safetensors", "no-such-model", "", "x//y", "~/none/at", ".hidden/x"])
 def test_other_paths_are_not_asked_of_the_hub(hub, path):
     with pytest.raises(FileNotFoundError, match=f"^{re.escape(path)}: no such file or folder, and not"):
         find_model(path)
