@@ -15,6 +15,7 @@ with quits_at_once("sample.py"):                    # torch takes seconds to imp
     import sys
     from collections import Counter
     from dataclasses import asdict, fields
+    from functools import cache
 
     import torch
     from tqdm import tqdm
@@ -183,6 +184,7 @@ def draw(model, args, size, inputs, settings):
         if not waiting[sheet.path]:                                 # only the grid is missing
             show(sheet.finish())
 
+    @cache
     def padded_length(prompt):
         return generation_prompts(model, [prompt], settings["cfg"], PROMPT_BLOCK)[0].shape[1]
     cut = outputs.batches(jobs, args.batch_size, padded_length)

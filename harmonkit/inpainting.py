@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from harmonkit.images import as_image, as_mask, image_to_pixels
@@ -63,14 +64,8 @@ def nearest_grid(size, grid) -> tuple:
 
 def hidden_tokens(mask, grid) -> torch.Tensor:
     """A mask -> (1, N) bool: a token is redrawn if any of its pixels is, whole or in part."""
-    redrawn = np.asarray(mask) > 0                                                      # (H, W)
-    (H, W), (h, w) = redrawn.shape, grid
-    hidden = torch.zeros(h, w, dtype=torch.bool)
-    for i in range(h):
-        rows = redrawn[i * H // h:-(-(i + 1) * H // h)]
-        for j in range(w):
-            hidden[i, j] = bool(rows[:, j * W // w:-(-(j + 1) * W // w)].any())
-    return hidden.view(1, h * w)
+    redrawn = torch.from_numpy(np.asarray(mask) > 0)[None].float()                      # (1, H, W)
+    return F.adaptive_max_pool2d(redrawn, grid).bool().flatten(1)                       # (1, N)
 
 
 def canvas(model, picture, mask, grid, batch_size) -> tuple:

@@ -1,4 +1,4 @@
-"""Pictures are equal to the byte in any batch and for any number of threads, with the fast paths on."""
+"""Pictures are equal to the bit in any batch and for any number of threads, with the fast paths on."""
 import copy
 
 import pytest
@@ -21,15 +21,17 @@ def threads():
 
 
 def pictures(model, batch_size):
+    """The pixels of each prompt's picture before they are rounded to bytes."""
     drawn = []
     for start in range(0, len(PROMPTS), batch_size):
-        prompts = PROMPTS[start:start + batch_size]
-        drawn += model.generate_image(prompts, seed=start, num_iter=5, num_sampling_steps=20)
-    return [image.tobytes() for image in drawn]
+        ids, real = generation_prompts(model, PROMPTS[start:start + batch_size], 3.0, PROMPT_BLOCK)
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(ids) // 2)]
+        drawn += model.sample(ids, real, generator=generators, num_iter=12, num_sampling_steps=8)
+    return [pixels.float().numpy().tobytes() for pixels in drawn]
 
 
 @pytest.mark.parametrize("dtype, mode", [("float32", "auto"), ("float32", "eager"), ("bfloat16", "auto")])
-def test_batch_and_threads_change_no_byte(dtype, mode, threads):
+def test_batch_and_threads_change_no_bit(dtype, mode, threads):
     model = make_repeatable(accelerate(Harmon.from_pretrained(device="cpu", dtype=dtype), mode))
     threads(2)
     together = pictures(model, 4)

@@ -83,9 +83,10 @@ def test_a_label_has_its_name_in_imagenet(tmp_path, content, label, caption):
     assert sample.caption is None if caption is None else sample.caption(None) == caption
 
 
-def test_a_json_without_words_leaves_the_label(tmp_path):
+def test_a_json_without_words_leaves_the_label(tmp_path, capsys):
     words = {"json": as_json(label=1, filename="1.JPEG"), "cls": b"1"}                  # timm/imagenet-1k-wds
     source = open_source(write_shard(tmp_path / "a.tar", range(2), words=lambda i: words))
+    assert "a.tar: labels are taken for ImageNet-1k's; a classes.json" in capsys.readouterr().err
     assert (source.kind, captions(source)) == ("WebDataset, labels named by ImageNet-1k", ["goldfish"] * 2)
 
 

@@ -45,9 +45,9 @@ def read_label(content, names) -> tuple:
     names: {label: name}. The label is -1, or the name None, if it is unknown.
     """
     text = str(content).strip()
-    synsets = list(imagenet_classes())
+    synsets = imagenet_classes()
     if text in synsets:
-        return synsets.index(text), imagenet_classes()[text]
+        return list(synsets).index(text), synsets[text]
     if text.removeprefix("-").isdigit():
         label = max(-1, int(text))
         return label, names.get(label)

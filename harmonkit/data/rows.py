@@ -29,7 +29,7 @@ LISTS = ("data", "train", "annotations", "images")              # names of a lis
 
 
 class RowFile(Format):
-    """A file of rows; `row` makes a record of an entry.
+    """A file of rows. `open`, of each form, gives the entries of a path; `row` makes a record of an entry.
 
     images: the folder of relative image paths, otherwise the file's own. text: the field with the words.
     """
@@ -39,10 +39,6 @@ class RowFile(Format):
         self.folders = [folder_of(path, images), Path(path).parent]
         self.text = text
         self.entries = self.open(path)
-
-    def open(self, path):
-        """The entries of the file, a sequence. Raises ValueError."""
-        raise NotImplementedError
 
     def row(self, entry) -> dict:
         """The record of an entry. Raises ValueError."""

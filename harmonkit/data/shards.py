@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import posixpath
+import sys
 import tarfile
 from functools import lru_cache, partial
 from pathlib import Path
@@ -68,6 +69,9 @@ class Shards(Format):
             self.class_names, origin = label_names(path, self.some_labels(), len(self))
             if not self.has_words(0):
                 self.kind = f"WebDataset, labels named by {origin}"
+                if origin == "ImageNet-1k":
+                    print(f"note: {path}: labels are taken for ImageNet-1k's; a classes.json beside the "
+                          "shards gives other names", file=sys.stderr)
 
     def __len__(self):
         return self.ends[-1] if self.ends else 0

@@ -21,7 +21,8 @@ import train
 from harmonkit.checkpoints import write_text
 from harmonkit.config import read_json
 from harmonkit.evals.shapes import generation_scores, masked_losses, question_scores
-from harmonkit.scripts import argument_parser, errors_in_one_line
+from harmonkit.scripts import argument_parser
+from harmonkit.terminal import errors_in_one_line
 from harmonkit.tokenizer import load_tokenizer
 from harmonkit.training.recipes import ALL_TINY, RECIPES
 from harmonkit.training.runs import last_checkpoint, model_from_checkpoint

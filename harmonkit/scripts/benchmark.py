@@ -25,7 +25,8 @@ from harmonkit import fast
 from harmonkit.checkpoints import find_config, write_text
 from harmonkit.devices import DTYPES, choose_device
 from harmonkit.pipeline import token_grid
-from harmonkit.scripts import argument_parser, errors_in_one_line
+from harmonkit.scripts import argument_parser
+from harmonkit.terminal import errors_in_one_line
 from harmonkit.training import losses, optim, recipes, runs
 from harmonkit.training.monitor import peak_memory
 from mar import Randomness

@@ -8,7 +8,8 @@ import torch
 from harmon import Harmon
 from harmonkit import checkpoints
 from harmonkit.devices import DTYPES
-from harmonkit.scripts import argument_parser, errors_in_one_line
+from harmonkit.scripts import argument_parser
+from harmonkit.terminal import errors_in_one_line
 
 
 @torch.no_grad()

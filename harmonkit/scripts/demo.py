@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 from harmon import Harmon
 from harmonkit.images import save_png
 from harmonkit.outputs import fingerprint
-from harmonkit.scripts import errors_in_one_line
+from harmonkit.terminal import errors_in_one_line
 
 PROMPTS = ("three blue stars", "a green cross", "a yellow circle and a purple square",
            "a red star to the left of a cyan triangle", "two purple circles",

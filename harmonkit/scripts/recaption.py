@@ -18,7 +18,8 @@ from harmonkit.checkpoints import decide_tying, find_model, load_strict, read
 from harmonkit.config import qwen_config, read_json
 from harmonkit.devices import DTYPES, choose_device, rank_and_world_size
 from harmonkit.pipeline import generate_batch
-from harmonkit.scripts import argument_parser, errors_in_one_line
+from harmonkit.scripts import argument_parser
+from harmonkit.terminal import errors_in_one_line
 from harmonkit.tokenizer import load_tokenizer
 from llm import Qwen2
 
