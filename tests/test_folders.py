@@ -328,3 +328,12 @@ def test_a_folder_without_images(tmp_path):
     for i, (words, files) in enumerate(held.items()):
         with pytest.raises(ValueError, match=f"{i}: no samples in it; it holds {re.escape(words)}"):
             open_folder(tmp_path / str(i), files)
+
+
+def test_images_outside_the_class_folders_are_told(tmp_path, capsys):
+    source = open_folder(tmp_path, {"owl/0.png": 0, "frog/1.png": 1, "frog/2.png": 2, "stray.png": 3})
+    assert len(source) == 3
+    assert "1 of 4 images lie in no class folder and are not used" in capsys.readouterr().err
+    (tmp_path / "stray.png").unlink()
+    open_source(tmp_path)
+    assert capsys.readouterr().err == ""

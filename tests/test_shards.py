@@ -9,7 +9,6 @@ import tarfile
 import pytest
 from data_files import CONVERSATION, color, png, write_shard, write_tar
 
-from harmonkit.data import shards
 from harmonkit.data.paths import expand, expand_braces
 from harmonkit.data.records import SkipSample
 from harmonkit.data.sources import open_source
@@ -260,35 +259,6 @@ def test_a_sample_without_the_needed_files(tmp_path):
     assert source[2].caption is None and source[2].image().size == (96, 120)            # enough for reca
 
 
-def test_a_truncated_shard_keeps_its_complete_samples(tmp_path):
-    path = write_shard(tmp_path / "a.tar", range(20))
-    with tarfile.open(path) as tar:
-        end = tar.getmember("000012.png").offset_data + 100
-    with open(path, "r+b") as file:
-        file.truncate(end)
-    source = open_source(path)
-    good, bad = [], []
-    for i in range(len(source)):
-        try:
-            source[i].image()
-            good.append(i)
-        except SkipSample as error:
-            bad.append(error.name.split(":")[1])
-    assert good == list(range(12))
-    assert bad == ["000012", "(the shard ends too early)"]
-
-
-def test_a_shard_that_ends_inside_an_image(tmp_path):
-    """The image is the last file, so the shard loses nothing else."""
-    path = write_shard(tmp_path / "a.tar", [0], words=lambda i: {})
-    shards.shard_index.cache_clear()
-    with tarfile.open(path) as tar:
-        member = tar.getmember("000000.png")
-    with pytest.raises(ValueError, match="the shard ends inside the sample"):
-        shards.read_part(path, member.offset_data, 10 ** 6)
-    assert len(shards.read_part(path, member.offset_data, member.size).read()) == member.size
-
-
 def test_a_folder_with_splits(tmp_path):
     write_shard(tmp_path / "imagenet1k-train-0000.tar", [0])
     write_shard(tmp_path / "imagenet1k-train-0001.tar", [1])
@@ -298,50 +268,6 @@ def test_a_folder_with_splits(tmp_path):
     (tmp_path / "test").mkdir()
     write_shard(tmp_path / "test" / "0.tar", [3])
     assert captions(open_source(tmp_path / "test")) == ["caption 3"]
-
-
-def test_the_index_of_a_shard_is_kept_until_the_shard_changes(tmp_path, monkeypatch):
-    path = write_shard(tmp_path / "a.tar", range(4))
-    assert len(open_source(path)) == 4
-    assert (tmp_path / "a.tar.index").exists()
-
-    shards.shard_index.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(shards, "scan", lambda path: pytest.fail("the shard was scanned again"))
-        source = open_source(path)
-        assert [source[i].caption(None) for i in range(4)] == [f"caption {i}" for i in range(4)]
-
-    shards.shard_index.cache_clear()
-    write_shard(path, range(2, 8))
-    source = open_source(path)
-    assert [source[i].caption(None) for i in range(6)] == [f"caption {i}" for i in range(2, 8)]
-
-
-@pytest.mark.parametrize("content", [b"", b"{}\n", b"[]\n", b"not JSON"])
-def test_a_broken_index_is_replaced(tmp_path, content):
-    path = write_shard(tmp_path / "a.tar", range(3))
-    (tmp_path / "a.tar.index").write_bytes(content)
-    source = open_source(path)
-    assert [source[i].caption(None) for i in range(3)] == ["caption 0", "caption 1", "caption 2"]
-    assert json.loads((tmp_path / "a.tar.index").read_text().splitlines()[0])["count"] == 3
-
-
-def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
-    def refuse(path, text):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(shards, "write_text", refuse)
-    assert captions(open_source(write_shard(tmp_path / "a.tar", range(2)))) == ["caption 0", "caption 1"]
-    assert os.listdir(tmp_path) == ["a.tar"]
-
-
-def test_an_index_of_another_rule_is_replaced(tmp_path):
-    path = write_tar(tmp_path / "a.tar", {"._0.png": b"x", "0.png": png(0), "0.txt": b"zero"})
-    state = [os.stat(path).st_size, os.stat(path).st_mtime_ns]
-    rows = [{"shard": state, "count": 2}, ["/._0", {".png": [512, 1]}], ["/0", {".png": [1536, 5]}]]
-    (tmp_path / "a.tar.index").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert captions(open_source(path)) == ["zero"]
-    assert json.loads((tmp_path / "a.tar.index").read_text().splitlines()[0])["shard"] == [2, *state]
 
 
 @pytest.mark.parametrize("name, content, reason", [

@@ -6,6 +6,7 @@
     0.jpg, 1.jpg, …                             # images without words, for reca
 """
 import os
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,14 @@ from harmonkit.data.classes import class_of, find_classes
 from harmonkit.data.formats import Format, Joined, folder_of
 from harmonkit.data.parquet import Parquet
 from harmonkit.data.paths import list_folder
-from harmonkit.data.records import IMAGE_SUFFIXES, fields_of_files, read_image, sample_of
+from harmonkit.data.records import (
+    IMAGE_SUFFIXES,
+    ImageAt,
+    fields_of_files,
+    origin_of_file,
+    read_image,
+    sample_of,
+)
 from harmonkit.data.rows import JSONLines, Table
 
 METADATA = {"metadata.jsonl": JSONLines, "metadata.csv": Table, "metadata.parquet": Parquet}
@@ -37,11 +45,19 @@ class MetadataFolder(Joined):
 
     def __init__(self, path, text=None):
         opened = []
-        for file in metadata_files(path):
+        self.files = metadata_files(path)
+        for file in self.files:
             folder, name = os.path.split(os.path.join(path, file))
             opened.append(METADATA[name](os.path.join(folder, name), images=folder, text=text))
         super().__init__(path, opened)
         self.kind = type(self).kind
+        images = [file for file in list_folder(path) if split_suffix(file)[1] in IMAGE_SUFFIXES]
+        if len(images) > len(self):
+            print(f"note: {path}: {len(images)} images, but {len(self)} rows of metadata; an image without a "
+                  "row is not used", file=sys.stderr)
+
+    def parts(self):
+        return [*map(os.path.dirname, self.files), *super().parts()]
 
 
 def suffixes_in(path) -> str:
@@ -77,7 +93,7 @@ class ImageFolder(Format):
         self.entries = [file for file in list_folder(path) if split_suffix(file)[1] in IMAGE_SUFFIXES]
         self.word_folder = str(folder_of(path, captions)) if captions else path
         self.words = words_beside(self.entries, list_folder(self.word_folder))
-        self.entries = self.entries if self.words else in_classes(self.entries)
+        self.entries = self.entries if self.words else in_classes(path, self.entries)
         self.classes = find_classes(path, set(map(class_of, self.entries)) - {None})
         # Where most images have words, one without them is a fault, not a picture of its folder's name.
         self.has_classes = self.classes.origin or 2 * len(self.words) <= len(self.entries)
@@ -90,26 +106,45 @@ class ImageFolder(Format):
     def name(self, i):
         return os.path.join(self.path, self.entries[i])
 
+    def parts(self):
+        yield self.classes.names if self.has_classes else {}
+        for file in self.entries:                               # one by one: there may be millions
+            yield file, self.words.get(file)
+
     def sample(self, name, file):
         fields = {}
         if file in self.words:
             readers = {}
             for suffix, beside in self.words[file].items():
-                readers[suffix] = Path(self.word_folder, beside).read_bytes
+                readers[suffix] = partial(read_words, Path(self.word_folder, beside))
             fields = fields_of_files(readers)
         folder = class_of(file)
         label = self.classes.labels.get(folder, -1) if self.has_classes else -1
-        image = partial(read_image, name, os.path.join(self.path, file))
+        path = os.path.join(self.path, file)
+        image = ImageAt(partial(read_image, name, path), partial(origin_of_file, file, path))
         sample = sample_of(name, fields, image, text=self.text if fields else None, label=label)
         if self.has_classes and folder in self.classes.names and not (sample.caption or sample.turns):
             return sample_of(name, {"caption": self.classes.names[folder]}, image, label=label)
         return sample
 
 
-def in_classes(images) -> list:
+def read_words(path) -> bytes:
+    """A file beside an image. Raises ValueError that names its suffix, where messages name the image."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"its {path.suffix} file cannot be read ({error.strerror.lower()})") from None
+
+
+def in_classes(path, images) -> list:
     """The images in class folders, unless most images are in none."""
     inside = [image for image in images if class_of(image) is not None]
-    return inside if 2 * len(inside) > len(images) else images
+    if 2 * len(inside) <= len(images):
+        return images
+    if len(inside) < len(images):
+        print(f"note: {path}: {len(images) - len(inside)} of {len(images)} images lie in no class folder and "
+              "are not used", file=sys.stderr)
+    return inside
 
 
 def words_beside(images, files) -> dict:

@@ -1,5 +1,6 @@
 """The base of all formats, and several files of one format as one source."""
 import bisect
+import hashlib
 import itertools
 from pathlib import Path
 
@@ -29,6 +30,23 @@ class Format:
         """What messages call a sample."""
         return f"{self.path}:{i + 1}"
 
+    def fingerprint(self) -> str:
+        """16 hex digits over a source's kind, its samples' number, names and order, and its tables of words.
+
+        They stay when the data are moved or touched. The contents of images do not count, nor those of files
+        that hold the words of one sample.
+        """
+        text = getattr(self, "text", None)                      # the field with the words, an option
+        about = f"{type(self).__name__} {self.kind} {len(self)} {text}"
+        digest = hashlib.blake2b(about.encode(), digest_size=8)
+        for part in self.parts():
+            digest.update(f"\n{part!r}".encode())
+        return digest.hexdigest()
+
+    def parts(self):
+        """What the fingerprint is made of, in order."""
+        return self.entries
+
 
 def folder_of(path, option=None) -> Path:
     """The folder that an option names, otherwise that of the file at a path. Raises FileNotFoundError."""
@@ -54,3 +72,6 @@ class Joined(Format):
         number = bisect.bisect(self.ends, i)
         source = self.sources[number]
         return source[i - self.ends[number] + len(source)]
+
+    def parts(self):
+        return [source.fingerprint() for source in self.sources]

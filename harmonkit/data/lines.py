@@ -1,6 +1,7 @@
 """Text files by line or by row: where each begins is found once, and each is read when it is asked for."""
 import csv
 import io
+import zlib
 from array import array
 
 from harmonkit.data.words import decode
@@ -15,16 +16,34 @@ class Lines:
 
     def __init__(self, path):
         self.path = path
-        self.starts = array("q")                                # 8 bytes a line
+        self.starts = array("q")                                # 20 bytes a line with these three
         self.ends = array("q")
+        self.crcs = array("I")
         with open(path, "rb") as file:
             check_encoding(path, file)
-            position = 0
-            for line in file:
-                if line.strip():
-                    self.starts.append(position)
-                    self.ends.append(position + len(line))
-                position += len(line)
+            self.find_all(file)
+
+    def find_all(self, file):
+        """Find the lines of a file that is open at its start."""
+        position = 0
+        for line in file:
+            if line.strip():
+                self.add(position, position + len(line), zlib.crc32(line))
+            position += len(line)
+
+    def add(self, start, end, crc):
+        self.starts.append(start)
+        self.ends.append(end)
+        self.crcs.append(crc)
+
+    def drop_first(self):
+        """Leave out the first line, which names the columns."""
+        del self.starts[0], self.ends[0], self.crcs[0]
+
+    @property
+    def crc(self) -> int:
+        """The CRC-32 of all lines."""
+        return zlib.crc32(self.crcs.tobytes())
 
     def __len__(self):
         return len(self.starts)
@@ -32,7 +51,11 @@ class Lines:
     def __getitem__(self, i) -> bytes:
         with open(self.path, "rb") as file:
             file.seek(self.starts[i])
-            return file.read(self.ends[i] - self.starts[i])
+            line = file.read(self.ends[i] - self.starts[i])
+        # Another program may write the file during a run; its lines then lie elsewhere.
+        if zlib.crc32(line) != self.crcs[i]:
+            raise ValueError("the file has changed since it was opened; start again")
+        return line
 
 
 class CSVRows(Lines):
@@ -42,24 +65,24 @@ class CSVRows(Lines):
     """
 
     def __init__(self, path, delimiter=","):
-        self.path = path
         self.delimiter = delimiter
-        self.starts = array("q")
-        self.ends = array("q")
-        with open(path, "rb") as file:
-            check_encoding(path, file)
-            position = 0
-            while position is not None:
-                position = self.find_rows(file, position)
+        super().__init__(path)
+
+    def find_all(self, file):
+        position = 0
+        while position is not None:
+            position = self.find_rows(file, position)
 
     def find_rows(self, file, position):
         """Find the rows from a position on. Returns the position after a broken line, None at the end."""
         file.seek(position)
         ends = [position]                                       # of the lines of a row, after its start
+        crcs = [0]                                              # of the row up to there
 
         def lines():
             for line in file:
                 ends.append(ends[-1] + len(line))
+                crcs.append(zlib.crc32(line, crcs[-1]))
                 if len(ends) > MAX_LINES:
                     raise csv.Error("a quote that does not end")
                 yield line.decode("latin-1")                    # delimiters and quotes are the same bytes
@@ -67,12 +90,11 @@ class CSVRows(Lines):
         try:
             for row in csv.reader(lines(), delimiter=self.delimiter, strict=True):
                 if any(cell.strip() for cell in row):
-                    self.starts.append(ends[0])
-                    self.ends.append(ends[-1])
+                    self.add(ends[0], ends[-1], crcs[-1])
                 del ends[:-1]
+                crcs = [0]
         except csv.Error:
-            self.starts.append(ends[0])
-            self.ends.append(ends[1])
+            self.add(ends[0], ends[1], crcs[1])
             return ends[1]
         return None
 
@@ -91,15 +113,7 @@ class TabRows(Lines):
     Many such files are written without quoting, so a cell may begin with a quote that never ends.
     """
 
-    def __init__(self, path):
-        self.path = path
-        self.starts = array("q")
-        self.ends = array("q")
-        with open(path, "rb") as file:
-            check_encoding(path, file)
-            self.find_rows(file)
-
-    def find_rows(self, file):
+    def find_all(self, file):
         """A line goes on with a row whose last cell has an open quote, if either has too few cells."""
         position = tabs = wanted = 0
         is_open = False
@@ -108,11 +122,11 @@ class TabRows(Lines):
             if is_open and (tabs < wanted or found < wanted):
                 tabs += found
                 self.ends[-1] = position + len(line)
+                self.crcs[-1] = zlib.crc32(line, self.crcs[-1])
             elif line.strip():
                 tabs = found
                 is_open = False
-                self.starts.append(position)
-                self.ends.append(position + len(line))
+                self.add(position, position + len(line), zlib.crc32(line))
             position += len(line)
             wanted = wanted or tabs                             # those of the first row, the header
             last = line.rpartition(b"\t")[2]

@@ -8,9 +8,11 @@ it needs of one row group; the last row groups read stay in memory. An .arrow fi
 instead; its record batches take the place of row groups.
 """
 import bisect
+import contextlib
 import itertools
 import json
 import os
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -22,10 +24,21 @@ from harmonkit.data.classes import plain_name
 from harmonkit.data.formats import Format, folder_of
 from harmonkit.data.labels import LABEL_FIELDS, label_names, read_label
 from harmonkit.data.paths import expand, list_folder, training_split
-from harmonkit.data.records import IMAGE_FIELDS, IMAGE_SUFFIXES, image_of, sample_of, skip_errors
+from harmonkit.data.records import (
+    IMAGE_FIELDS,
+    IMAGE_SUFFIXES,
+    ImageAt,
+    image_field,
+    image_of,
+    origin_of,
+    origin_of_file,
+    sample_of,
+    skip_errors,
+)
 from harmonkit.data.words import CAPTIONS
 
 MEMORY = 2 ** 28                    # bytes of row groups that a process keeps
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"       # of record batches in an .arrow file
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,8 @@ class RowGroup:
     before: int                     # rows of the file
     count: int                      # rows
     columns: Columns
+    signature: tuple                # of the file
+    of_paths: bool                  # whether its column of images holds paths alone
 
 
 class Parquet(Format):
@@ -85,18 +100,24 @@ class Parquet(Format):
         with skip_errors(name):
             return self.sample(name, group, row)
 
+    def parts(self):
+        groups = [(os.path.basename(group.file), group.count, group.columns) for group in self.groups]
+        signatures = dict.fromkeys((group.file, group.signature) for group in self.groups)
+        return [*groups, [signature for _, signature in signatures], self.names_beside]
+
     def sample(self, name, group, row):
         columns = group.columns
         folders = [*self.image_folders, Path(group.file).parent]
         fields = {}
         if columns.words:
-            fields = read_words(group.file, group.number, columns.words).slice(row, 1).to_pylist()[0]
+            fields = read_words(group, columns.words).slice(row, 1).to_pylist()[0]
         label, class_name = -1, None
         if columns.label and fields.get(columns.label) is not None:
             names = dict(enumerate(columns.names)) or self.names_beside
             label, class_name = read_label(fields[columns.label], names)
         if columns.image:
-            image = partial(self.read_image, name, group, row, folders)
+            image = ImageAt(partial(self.read_image, name, group, row, folders),
+                            partial(origin_in, group, row, folders))
         else:
             image = image_of(name, fields, *folders)
         sample = sample_of(name, fields, image, text=self.text, label=label)
@@ -107,7 +128,7 @@ class Parquet(Format):
     def read_image(self, name, group, row, folders):
         """The PIL image in a row. Raises SkipSample."""
         with skip_errors(name):
-            table = read_images(group.file, group.number, (group.columns.image,))
+            table = read_images(group, (group.columns.image,))
             value = table.column(0)[row].as_py()
             image = image_of(name, {"image": value}, *folders)
             if image is None:
@@ -140,17 +161,55 @@ def row_groups(file) -> list:
         if file.lower().endswith(".arrow"):
             schema, batches = record_batches(file, os.stat(file).st_mtime_ns)
             counts = [batch.num_rows for batch in batches]
+            parts = batches
         else:
             with pyarrow.parquet.ParquetFile(file) as opened:
                 schema, metadata = opened.schema_arrow, opened.metadata
-            counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+            parts = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+            counts = [part.num_rows for part in parts]
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0][:200]
         kind = os.path.splitext(file)[1].lower()
         raise ValueError(f"{file}: not a readable {kind} file ({reason})") from None
     columns = find_columns(file, schema)
     before = [0, *itertools.accumulate(counts)]
-    return [RowGroup(file, number, before[number], count, columns) for number, count in enumerate(counts)]
+    state = signature(file)
+    of_paths = [columns.image is not None and are_paths(part, columns.image) for part in parts]
+    return [RowGroup(file, number, before[number], count, columns, state, of_paths[number])
+            for number, count in enumerate(counts)]
+
+
+def signature(file) -> tuple:
+    """The size of a file, and the CRC-32 of its ends: a parquet's footer says where all of its pages lie."""
+    size = os.path.getsize(file)
+    with open(file, "rb") as opened:
+        start = opened.read(2 ** 16)
+        opened.seek(max(0, size - 8))
+        end = opened.read(8)
+        length = int.from_bytes(end[:4], "little") + 8 if end[4:] == b"PAR1" else 2 ** 16
+        opened.seek(max(0, size - length))
+        return size, zlib.crc32(start), zlib.crc32(opened.read(length))
+
+
+def are_paths(part, image) -> bool:
+    """Whether a column of {bytes, path} has no bytes. part: metadata of a row group, or a record batch."""
+    if hasattr(part, "schema"):
+        column = part.column(image)
+        return hasattr(column, "field") and column.field("bytes").null_count == part.num_rows
+    columns = [part.column(number) for number in range(part.num_columns)]
+    columns = [column for column in columns
+               if column.path_in_schema.startswith(f"{image}.") and column.path_in_schema.endswith(".bytes")]
+    statistics = [column.statistics for column in columns]
+    return bool(columns) and all(found and not found.num_values for found in statistics)
+
+
+def origin_in(group, row, folders) -> tuple:
+    """The origin of the image in a row, see records.ImageAt."""
+    if group.of_paths:
+        with contextlib.suppress(Exception):                    # reading the image will say what is wrong
+            value = read_images(group, (group.columns.image,)).column(0)[row].as_py()
+            return origin_of(image_field({"image": value}), folders)
+    return origin_of_file(f"{os.path.basename(group.file)}:{group.before + row + 1}", group.file)
 
 
 def find_columns(file, schema) -> Columns:
@@ -215,6 +274,10 @@ def record_batches(file, time) -> tuple:
     if mapped.read(6) == b"ARROW1":
         reader = pyarrow.ipc.open_file(mapped)
         return reader.schema, [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    # A stream that was cut between two batches would be read as a shorter one.
+    mapped.seek(max(0, mapped.size() - 8))
+    if mapped.read(8) != END_OF_STREAM:
+        raise pyarrow.ArrowInvalid("it has no end; it was cut off")
     mapped.seek(0)
     reader = pyarrow.ipc.open_stream(mapped)
     return reader.schema, list(reader)
@@ -228,11 +291,13 @@ class Tables:
     def __init__(self):
         self.tables = OrderedDict()                             # the last one read is the last
 
-    def get(self, file, number, columns):
-        """A pyarrow Table of some columns of a row group."""
-        key = (file, os.stat(file).st_mtime_ns, number, columns)
+    def get(self, group, columns):
+        """A pyarrow Table of some columns of a row group. Raises ValueError if the file has changed."""
+        key = (group.file, os.stat(group.file).st_mtime_ns, group.number, columns)
         if key not in self.tables:
-            self.tables[key] = self.read(file, number, columns)
+            if signature(group.file) != group.signature:
+                raise ValueError("the file has changed since it was opened; start again")
+            self.tables[key] = self.read(group.file, group.number, columns)
         self.tables.move_to_end(key)
         while len(self.tables) > 1 and sum(table.nbytes for table in self.tables.values()) > MEMORY:
             self.tables.popitem(last=False)

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -68,6 +69,22 @@ class Sample:
     label: int = -1                                             # class of the image, -1 = none
     dropped_system: int = 0                                     # system turns left out of `turns`
     fields: tuple = ()                                          # of its record, for messages
+    origin: Callable | None = None                              # see ImageAt
+
+
+@dataclass(frozen=True)
+class ImageAt:
+    """A sample's image, read when it is called, and where its bytes come from, which is found without them.
+
+    origin: () -> (name, size, mtime_ns). name: as the data write it, so it stays when the data are moved; of
+    bytes inside a record their CRC-32. size: bytes; -1 if the file is gone. mtime_ns: of the file on the disk
+    that holds the bytes; 0 if there is none. It never raises.
+    """
+    read: Callable                                              # () -> PIL image; raises SkipSample
+    origin: Callable
+
+    def __call__(self):
+        return self.read()
 
 
 @contextlib.contextmanager
@@ -111,7 +128,8 @@ def is_junk(name) -> bool:
 def sample_of(name, fields, image=None, *, text=None, label=-1) -> Sample:
     """The Sample of a record. Raises ValueError.
 
-    image: () -> PIL image, from image_of or from the format. text: the field with the words (words.py).
+    image: () -> PIL image, from image_of or from the format; an ImageAt also says where it comes from.
+    text: the field with the words (words.py).
     """
     if not isinstance(fields, dict):
         raise ValueError(f"an object with fields is expected, not {type(fields).__name__}")
@@ -121,7 +139,8 @@ def sample_of(name, fields, image=None, *, text=None, label=-1) -> Sample:
         raise ValueError(f"neither an image nor a conversation in it; its fields are {', '.join(names[:12])}")
     caption = partial(draw, words.captions) if words.captions else None
     turns = partial(all_turns, words.turns) if words.turns else None
-    return Sample(name, image, caption, turns, label, words.dropped_system, names)
+    origin = getattr(image, "origin", None)
+    return Sample(name, image, caption, turns, label, words.dropped_system, names, origin)
 
 
 def fields_of_files(files) -> dict:
@@ -162,7 +181,7 @@ def all_turns(turns, rng) -> list:
 # ---- images --------------------------------------------------------------------------------------------
 
 def image_of(name, fields, *folders):
-    """() -> the PIL image of a record, or None if it has none. folders: where paths are looked for.
+    """The ImageAt of a record, or None if it has no image. folders: where paths are looked for.
 
     Raises ValueError for several images.
     """
@@ -173,7 +192,9 @@ def image_of(name, fields, *folders):
     links = [fields[field] for field in LINK_FIELDS if str(fields.get(field)).startswith("http")]
     if value is None and links:
         value = links[0]
-    return None if value is None else partial(read_reference, name, value, folders)
+    if value is None:
+        return None
+    return ImageAt(partial(read_reference, name, value, folders), partial(origin_of, value, folders))
 
 
 def image_field(fields):
@@ -198,10 +219,37 @@ def read_reference(name, value, folders):
     return read_image(name, file)
 
 
+def origin_of(value, folders) -> tuple:
+    """The origin of what `image_field` found, see ImageAt."""
+    try:
+        file = locate(value, folders)
+        if callable(file):
+            content = file().read()
+            return f"crc32 {zlib.crc32(content):08x}", len(content), 0
+    except Exception:                                           # reading the image will say what is wrong
+        return printable(str(value)[:200]), -1, 0
+    written = reference_in(value).strip()
+    around = [f"{folder}{os.sep}" for folder in folders if written.startswith(f"{folder}{os.sep}")]
+    return origin_of_file(written.removeprefix(max(around, key=len, default="")), file)
+
+
+def origin_of_file(name, path) -> tuple:
+    """The origin of a file that the data call `name`, see ImageAt."""
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError):
+        return printable(name), -1, 0
+    return printable(name), state.st_size, state.st_mtime_ns
+
+
+def reference_in(value):
+    """The bytes, path or address in what `image_field` found."""
+    return value.get("bytes") or value.get("path") or value.get("url") if isinstance(value, dict) else value
+
+
 def locate(value, folders):
     """A path, or a function that opens a binary file. Raises ValueError."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path") or value.get("url")
+    value = reference_in(value)
     if isinstance(value, bytes):
         return partial(io.BytesIO, value)
     if not isinstance(value, str):
@@ -217,9 +265,9 @@ def locate(value, folders):
         raise ValueError("its image is on the web; download it first, with img2dataset for example")
     if value.startswith("file:"):
         value = unquote(urlparse(value).path)
-    paths = [Path(folder, os.path.expanduser(value)) for folder in folders]
-    paths += [Path(folder, value.replace("\\", "/")) for folder in folders if "\\" in value]
-    return next(filter(Path.exists, paths), paths[0])
+    paths = [os.path.join(folder, os.path.expanduser(value)) for folder in folders]
+    paths += [os.path.join(folder, value.replace("\\", "/")) for folder in folders if "\\" in value]
+    return next(filter(os.path.exists, paths), paths[0])
 
 
 def read_image(name, file):

@@ -6,6 +6,7 @@
 
 The words of a row are read by words.py, its image by records.py.
 """
+import zlib
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from harmonkit.data.records import (
     IMAGE_FIELDS,
     IMAGE_SUFFIXES,
     LINK_FIELDS,
+    ImageAt,
     fields_of_files,
     image_of,
+    origin_of_file,
     read_image,
     sample_of,
     skip_errors,
@@ -48,6 +51,9 @@ class RowFile(Format):
     def class_names(self) -> dict:
         names, _ = label_names(self.path, [], len(self))
         return names
+
+    def parts(self):
+        return [self.crc if isinstance(self.entries, list) else self.entries.crc]
 
     def sample(self, name, entry):
         fields = self.row(entry)
@@ -80,7 +86,9 @@ class JSONList(RowFile):
     suffixes = (".json",)
 
     def open(self, path):
-        text = decode(Path(path).read_bytes())
+        data = Path(path).read_bytes()
+        self.crc = zlib.crc32(data)
+        text = decode(data)
         try:
             content = parse_json(text)
         except ValueError as error:
@@ -126,7 +134,7 @@ class Table(RowFile):
             raise ValueError(f"{path}: its images are on the web (column {links[0]!r}); download them first, "
                              "with img2dataset for example")
         if set(head) & {*IMAGE_FIELDS, *CAPTIONS, *CHATS}:
-            del rows.starts[0], rows.ends[0]
+            rows.drop_first()
         elif len(head) == 2 and any(cell.endswith(IMAGE_SUFFIXES) for cell in head):
             self.columns = ["image", "caption"]
             if head[1].endswith(IMAGE_SUFFIXES):
@@ -137,6 +145,9 @@ class Table(RowFile):
         if {"filepath", "title"} <= set(head) and not set(head) & set(CAPTIONS):    # OpenCLIP's names
             self.columns[head.index("title")] = "caption"
         return rows
+
+    def parts(self):
+        return [self.columns, *super().parts()]
 
     def row(self, entry):
         while len(entry) > len(self.columns) and not entry[-1]:
@@ -173,13 +184,19 @@ class Pairs(Format):
 
     def __init__(self, path, images=None, captions=None, text=None):
         self.path = path
-        self.entries = JSONList(path).entries
+        self.rows = JSONList(path)
+        self.entries = self.rows.entries
         self.images = folder_of(path, images)
         self.captions = folder_of(path, captions)
         self.text = text
 
+    def parts(self):
+        return self.rows.parts()
+
     def sample(self, name, entry):
-        image = partial(read_image, name, self.images / entry["image"])
+        entry = self.rows.row(entry)
+        path = self.images / entry["image"]
+        image = ImageAt(partial(read_image, name, path), partial(origin_of_file, entry["image"], path))
         file = self.captions / entry["annotation"]
         with skip_errors(f"{name}: {file}"):
             fields = fields_of_files({file.suffix.lower(): file.read_bytes})

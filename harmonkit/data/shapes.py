@@ -17,10 +17,14 @@ class Shapes(Format):
         self.entries = range(count)
         self.seed = seed
 
+    def parts(self):
+        return [self.seed]
+
     def sample(self, name, i):
         scene = world.training_scene(self.seed, i)
         return Sample(name, partial(world.render, scene), partial(world.caption, scene),
-                      partial(world.looking_turns, scene), world.label(scene))
+                      partial(world.looking_turns, scene), world.label(scene),
+                      origin=partial(tuple, (f"{self.seed}:{i + 1}", 0, 0)))
 
 
 class ShapesText(Shapes):

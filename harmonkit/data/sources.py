@@ -7,7 +7,8 @@
     open_source("imagenet/train")                            # a folder of images for each class
     open_source("shapes", seed="train-0", count=40000)       # the shapes world
 
-`source[i]` is a Sample or raises SkipSample. A new format is a class derived from Format in FORMATS.
+`source[i]` is a Sample or raises SkipSample; `source.fingerprint()` changes with the list of samples. A new
+format is a class derived from Format in FORMATS.
 """
 import inspect
 import os
