@@ -92,8 +92,15 @@ def training_ids(tokenizer, turns, *, num_image_tokens=0, max_length=None) -> tu
             target = [*tokenize(tokenizer, answer), tokenizer.token_to_id(END)]
         ids += prompt + target
         labels += [IGNORE_INDEX] * len(prompt) + target
-    end = None if max_length is None else num_image_tokens + max_length
+    end = len(ids) if max_length is None else end_of_text(ids, num_image_tokens + max_length)
     return ids[:end], labels[:end]
+
+
+def end_of_text(ids, end) -> int:
+    """`end`, or the end of the image tokens that it would cut."""
+    while end < len(ids) and ids[end] == IMAGE_TOKEN_ID:
+        end += 1
+    return end
 
 
 def pad(tokenizer, rows, multiple=1) -> tuple:

@@ -1,5 +1,6 @@
 """Mixtures: what a wrong file is told, the order of a run, and the arguments of every loss."""
 import json
+import pickle
 import random
 from collections import Counter
 
@@ -9,7 +10,15 @@ from data_files import LINES, RATIO, color, open_lines, png, write_shard, write_
 
 from harmonkit.chat_template import GENERATE, IGNORE_INDEX, IMAGE_TOKEN_ID, UNCONDITIONAL
 from harmonkit.data import mixture
-from harmonkit.data.mixture import MixtureDataset, SampleCounts, Source, loss_arguments, open_mixture, prepare
+from harmonkit.data.mixture import (
+    Fit,
+    MixtureDataset,
+    SampleCounts,
+    Source,
+    loss_arguments,
+    open_mixture,
+    prepare,
+)
 from harmonkit.data.records import Sample, SkipSample
 from harmonkit.data.sources import open_source
 
@@ -22,7 +31,7 @@ def world(task, count, latents=None):
 class FlatLatents:
     """A cache of two crops of each image; all latents of a crop are one number."""
 
-    def get(self, index):
+    def get(self, index, sample):
         return torch.stack([torch.full((2, 2, 4), 10.0 * index + crop) for crop in range(2)]).bfloat16()
 
 
@@ -49,6 +58,7 @@ class FlatLatents:
     ({"path": "captions", "task": "text2image"}, "no samples in it"),
     ({"path": "captions/0.json", "task": "text2image"}, "a list of samples is expected"),
     ({"path": "shapes", "task": "text2image", "latents": "nothing"}, "no latent cache"),
+    ({"path": "shapes-text", "task": "text", "latents": "x"}, "the task text trains on no latents; leave"),
     ({"path": "shapes", "task": "text2image", "count": 0}, "no samples in it"),
     ({"path": "shapes", "task": "text2image", "count": "x"}, "count is 'x'; a whole number"),
 ])
@@ -169,15 +179,6 @@ def test_sources_alternate_in_their_ratio(tmp_path):
         MixtureDataset(sources, {"text2image": 1, "reca": 1}, 1, 64)
 
 
-def test_a_cycle_is_short_and_spread_evenly():
-    assert mixture.source_cycle([1, 3, 8]) == mixture.source_cycle([10, 30, 80])
-    assert len(mixture.source_cycle([0.7, 0.3])) == 10
-    assert mixture.source_cycle([1, 1, 1]) == [0, 1, 2]
-    assert sorted(mixture.source_cycle([2, 6])) == [0, 1, 1, 1]
-    long = mixture.source_cycle([1, 3, 8]) * 2
-    assert all(2 in long[i:i + 2] for i in range(len(long) - 1))       # 8 of 12: never two others
-
-
 def test_every_sample_comes_once_an_epoch_and_again_with_the_same_seed(tmp_path):
     sources = open_lines(write_sources(tmp_path), {"path": "text.json", "task": "text"})
     dataset = MixtureDataset(sources, {"text": 1}, 2, 64)
@@ -191,7 +192,121 @@ def test_every_sample_comes_once_an_epoch_and_again_with_the_same_seed(tmp_path)
     assert same == dataset[4]["turns"] != other
 
 
+def test_samples_of_many_sources_are_permuted_once_an_epoch(monkeypatch):
+    """And a source keeps the order of its current epoch only."""
+    calls = []
+
+    def permutation(count, *seed):
+        calls.append(seed)
+        return list(range(count))
+
+    monkeypatch.setattr(mixture, "permutation", permutation)
+    sources = [world("text", 4) for _ in range(100)]
+    dataset = MixtureDataset(sources, {"text": 1}, 1, 64)
+    for number in range(800):                                                       # two epochs of each
+        dataset[number]
+    assert sorted(calls) == [(0, s, epoch) for s in range(100) for epoch in range(2)]
+    assert len(dataset.epochs) == 100
+
+
+# ---- texts that are too long ---------------------------------------------------------------------------
+
+def fit_of(small, max_length):
+    return Fit.of(small, 64, max_length)
+
+
+@pytest.mark.parametrize("task", ["text2image", "image2text", "text", "reca", "mar", "reconstruct"])
+@pytest.mark.parametrize("max_length", [1024, 32])
+def test_a_fit_gives_the_arguments_that_there_are_without(small, task, max_length):
+    sources = [world(task, 20)]
+    plain = MixtureDataset(sources, {task: 1}, 4, 64)
+    fit = pickle.loads(pickle.dumps(fit_of(small, max_length)))
+    fitted = MixtureDataset(sources, {task: 1}, 4, 64, fit=fit)
+    for number in range(3):
+        batch = fitted[number]
+        assert batch["skipped"] == []
+        expected = loss_arguments(small, plain[number], max_length)
+        inputs = loss_arguments(small, batch, max_length)
+        assert inputs.keys() == expected.keys()
+        assert all(torch.equal(inputs[key], expected[key]) for key in inputs)
+        longer = loss_arguments(small, plain[number])
+        if "input_ids" in inputs:
+            rows = zip(longer["attention_mask"].sum(1), inputs["attention_mask"].sum(1), strict=True)
+            assert batch["cut"] == sum(int(full > cut) for full, cut in rows)
+
+
+def chats(tmp_path, *lengths):
+    """A source of conversations whose questions have so many words."""
+    rows = []
+    for length in lengths:
+        rows.append({"messages": [{"role": "user", "content": "what " * length},
+                                  {"role": "assistant", "content": "a red circle"}]})
+    (tmp_path / "chats.json").write_text(json.dumps(rows))
+    return open_lines(tmp_path, {"path": "chats.json", "task": "text"})[0]
+
+
+def test_samples_without_room_for_an_answer_are_replaced_and_counted(small, tmp_path):
+    source = chats(tmp_path, *[1] * 30, 200)
+    dataset = MixtureDataset([source], {"text": 1}, 31, 64, fit=fit_of(small, 40))
+    counts, said = SampleCounts([source]), []
+    for number in range(2):                                                         # two epochs
+        batch = dataset[number]
+        assert all(any(label != IGNORE_INDEX for label in labels) for _, labels in batch["ids"])
+        counts.add(batch, said.append)
+    assert said == [f"skipped {tmp_path}/chats.json:31: its question fills all 40 text tokens, so no answer "
+                    "is left to learn; a larger --max-length has room for it"]
+    assert counts.totals() == {"unusable": 1, "cut": 0}
+
+
+def test_cut_answers_are_counted(small, tmp_path):
+    source = chats(tmp_path, 1, 1, 8)
+    uncut = MixtureDataset([source], {"text": 1}, 3, 64, fit=fit_of(small, 99))[0]["ids"]
+    full = max(len(ids) for ids, _ in uncut)
+    for max_length, cut in ((full, 0), (full - 1, 2)):                              # of two epochs
+        dataset = MixtureDataset([source], {"text": 1}, 3, 64, fit=fit_of(small, max_length))
+        counts = SampleCounts([source])
+        for number in range(2):
+            counts.add(dataset[number])
+        assert counts.totals() == {"unusable": 0, "cut": cut}
+
+
+def test_questions_that_are_all_too_long_stop_a_run(small, tmp_path):
+    source = chats(tmp_path, *[200] * 8, *[1] * 92)
+    dataset = MixtureDataset([source], {"text": 1}, 25, 64, fit=fit_of(small, 40))
+    counts = SampleCounts([source])
+    with pytest.raises(ValueError, match="chats.json: [678] of the first 100 samples are bad, more than 5%"):
+        for number in range(4):
+            counts.add(dataset[number], lambda line: None)
+    with pytest.raises(ValueError, match="no usable sample among 100, the last: .*; a larger --max-length"):
+        MixtureDataset([source], {"text": 1}, 25, 64, fit=fit_of(small, 5))[0]
+
+
+@pytest.mark.parametrize("max_length", [1, 2, 3, 5])
+def test_image_tokens_are_never_cut(small, max_length):
+    batch = MixtureDataset([world("reca", 3)], {"reca": 1}, 2, 64, fit=fit_of(small, max_length))[0]
+    input_ids = loss_arguments(small, batch)["input_ids"]
+    assert (input_ids == IMAGE_TOKEN_ID).sum(dim=1).tolist() == [68, 68]
+
+
 # ---- samples that cannot be used -----------------------------------------------------------------------
+
+def test_bad_samples_of_one_name_count_each(tmp_path):
+    source = world("text2image", 200)
+    counts = SampleCounts([source])
+    batch = {"source": 0, "turns": [[]] * 100}
+    with pytest.raises(ValueError, match="shapes: 6 of the first 106 samples are bad"):
+        skipped = [(i, SkipSample("a.tar", "broken")) for i in range(6)]
+        counts.add(batch | {"skipped": skipped}, lambda line: None)
+
+
+def test_an_error_in_a_data_reader_has_no_traceback(tmp_path):
+    samples = open_source(write_shard(tmp_path / "a.tar", range(3), corrupt=range(3)))
+    source = Source("a.tar", "text2image", 1, samples)
+    dataset = MixtureDataset([source], {"text2image": 1}, 1, 64)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(2), num_workers=1)
+    with pytest.raises(ValueError, match="^a.tar: no usable sample among 3, the last: .*it is text$"):
+        SampleCounts([source]).add(next(iter(loader)))
+
 
 def test_corrupt_images_are_skipped_counted_and_reported_once(tmp_path):
     samples = open_source(write_shard(tmp_path / "a.tar", range(300), corrupt=(7, 150, 222)))
@@ -211,7 +326,7 @@ def test_the_next_sample_replaces_a_corrupt_one(tmp_path):
     dataset = MixtureDataset([Source("a.tar", "reca", 1, samples)], {"reca": 1}, 8, 8)
     drawn = [tuple(((image[:, 0, 0] + 1) * 127.5).round().int().tolist()) for image in dataset[0]["pixels"]]
     assert set(drawn) == {color(i) for i in range(8) if i != 3}
-    assert [error.name.split(":")[1] for error in dataset[0]["skipped"]] == ["000003"]
+    assert [(index, error.name.split(":")[1]) for index, error in dataset[0]["skipped"]] == [(3, "000003")]
 
 
 def test_images_outside_the_rules_are_not_bad(tmp_path):
@@ -219,11 +334,11 @@ def test_images_outside_the_rules_are_not_bad(tmp_path):
     source = Source("a.tar", "image2text", 1, samples)
     counts = SampleCounts([source])
     batch = {"source": 0, "turns": [[]] * 4}
-    counts.add(batch | {"skipped": [SkipSample(str(i), "too small", bad=False) for i in range(4)]})
+    counts.add(batch | {"skipped": [(i, SkipSample(str(i), "too small", bad=False)) for i in range(4)]})
     assert (counts.skipped, counts.bad) == ([4], [0])
-    counts.add(batch | {"skipped": [SkipSample("x", "broken")]})                    # one is always allowed
+    counts.add(batch | {"skipped": [(5, SkipSample("x", "broken"))]})               # one is always allowed
     with pytest.raises(ValueError, match="a.tar: 2 of the first 4 samples are bad, more than 5%"):
-        counts.add(batch | {"skipped": [SkipSample("y", "broken")]})
+        counts.add(batch | {"skipped": [(6, SkipSample("y", "broken"))]})
 
 
 def test_too_many_bad_samples_stop_the_run(tmp_path):

@@ -8,9 +8,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from harmonkit.chat_template import IGNORE_INDEX, training_ids
+from harmonkit.chat_template import IGNORE_INDEX, IMAGE_TOKEN_ID, training_ids
 from harmonkit.checkpoints import atomic_write
-from harmonkit.data.mixture import MixtureDataset, permutation, prepare
+from harmonkit.data.mixture import MixtureDataset, prepare
+from harmonkit.data.order import permutation
 from harmonkit.data.records import SkipSample
 from harmonkit.images import pixels_to_images
 
@@ -29,6 +30,7 @@ class Report:
     looked_at: int = 0
     bad: int = 0
     outside: int = 0                                            # the rules of sizes
+    cut: int = 0                                                # of the usable ones, to the longest text
     reasons: Counter = field(default_factory=Counter)           # {why samples are skipped: how many}
     examples: dict = field(default_factory=dict)                # {reason: the first sample's name}
     captions: list = field(default_factory=list)                # of all usable samples
@@ -60,12 +62,15 @@ class Report:
         source = self.source
         return {"path": source.path, "format": source.samples.kind, "task": source.task,
                 "samples": len(source.samples), "looked_at": self.looked_at, "usable": self.usable,
-                "bad": self.bad, "outside": self.outside, "reasons": dict(self.reasons.most_common()),
-                "captions": self.three_captions()}
+                "bad": self.bad, "outside": self.outside, "cut": self.cut,
+                "reasons": dict(self.reasons.most_common()), "captions": self.three_captions()}
 
 
-def look_at(source, number, size, check=2000) -> Report:
-    """Prepare up to `check` samples of a source as training does. number: the source's, it chooses them."""
+def look_at(source, number, size, fit, check=2000) -> Report:
+    """Prepare up to `check` samples of a source as training does.
+
+    number: the source's, it chooses them. fit: mixture.Fit.
+    """
     report = Report(source)
     chosen = permutation(len(source.samples), 0, number, 0)[:check]
     for index in tqdm(np.sort(chosen).tolist(), desc=source.path, disable=None, leave=False):
@@ -73,8 +78,10 @@ def look_at(source, number, size, check=2000) -> Report:
         try:
             sample = source.samples[index]
             report.dropped_system += sample.dropped_system
-            cached = source.latents.get(index) if source.latents else None
+            cached = source.latents.get(index, sample) if source.latents else None
             row = prepare(sample, source.task, size, random.Random(index), cached)
+            if "turns" in row:
+                report.cut += fit.tokens(sample.name, source.task, row["turns"])[2]
         except SkipSample as error:
             report.skip(error)
             continue
@@ -101,18 +108,18 @@ def common(reason) -> str:
 
 # ---- output --------------------------------------------------------------------------------------------
 
-def inspect(sources, tokenizer, size, out, check=2000):
+def inspect(sources, fit, size, out, check=2000):
     """Print a report on each source, from at most `check` of its samples, and draw 16 samples to `out`."""
     ratio = {source.task: 0 for source in sources}
     for number, source in enumerate(sources):
         ratio[source.task] += source.weight
-        print_report(look_at(source, number, size, check), tokenizer)
+        print_report(look_at(source, number, size, fit, check), fit)
     with atomic_write(out) as temporary:
-        contact_sheet(MixtureDataset(sources, ratio, 1, size), tokenizer).save(temporary)
+        contact_sheet(MixtureDataset(sources, ratio, 1, size, fit=fit)).save(temporary)
     print(out)
 
 
-def print_report(report, tokenizer):
+def print_report(report, fit):
     source = report.source
     print(f"{source.path}: {source.task}, weight {source.weight:g}")
     print(f"    {source.samples.kind}, {len(source.samples)} samples; {report.looked_at} looked at: "
@@ -123,8 +130,10 @@ def print_report(report, tokenizer):
         print(f"    {len(report.reasons) - 10} more reasons; --json has all")
     if report.dropped_system:
         print(f"    {report.dropped_system} system turns dropped")
+    if report.cut:
+        print(f"    {report.cut} of the usable are cut to {fit.max_length} text tokens (--max-length)")
     if report.rows:
-        lengths = [len(training_ids(tokenizer, turns)[0]) for turns in report.rows]
+        lengths = [len(training_ids(fit.tokenizer, turns)[0]) for turns in report.rows]
         shares = [f"{p}% ≤ {np.percentile(lengths, p):.0f}" for p in (5, 50, 95, 99, 100)]
         print(f"    text tokens: {', '.join(shares)}")
     for caption in report.three_captions():
@@ -132,16 +141,16 @@ def print_report(report, tokenizer):
         print(f"    {short!r}")
 
 
-def contact_sheet(dataset, tokenizer, count=16):
+def contact_sheet(dataset, count=16):
     """The first samples of a dataset as the model gets them, four in a row."""
     sheet = Image.new("RGB", (4 * WIDTH, -(-count // 4) * HEIGHT), "white")
     for i in range(count):
-        draw_sample(sheet, i % 4 * WIDTH + 8, i // 4 * HEIGHT + 8, dataset[i], tokenizer)
+        draw_sample(sheet, i % 4 * WIDTH + 8, i // 4 * HEIGHT + 8, dataset[i], dataset.fit.tokenizer)
     return sheet
 
 
 def draw_sample(sheet, left, top, batch, tokenizer):
-    """Draw the image and the text of a batch of one; what the loss is on is red."""
+    """Draw the image and the text of a batch of one, as the model gets them; what the loss is on is red."""
     draw = ImageDraw.Draw(sheet)
     if "pixels" in batch:
         image = pixels_to_images(batch["pixels"])[0]
@@ -155,7 +164,10 @@ def draw_sample(sheet, left, top, batch, tokenizer):
         draw.text((left, top + SIDE + 2), f"{batch['task']}: the loss is on hidden image tokens", fill="red")
 
     x, y = left, top + SIDE + 16
-    for token, label in zip(*training_ids(tokenizer, batch.get("turns", [[]])[0]), strict=True):
+    ids, labels = batch["ids"][0] if "ids" in batch else ([], [])
+    for token, label in zip(ids, labels, strict=True):
+        if token == IMAGE_TOKEN_ID:
+            continue
         for part in tokenizer.decode([token], skip_special_tokens=False).splitlines(keepends=True):
             text = part.rstrip("\n")
             if x + draw.textlength(text) > left + SIDE:

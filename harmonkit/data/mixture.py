@@ -1,4 +1,4 @@
-"""Mixtures of sources: the file that lists them, the model's view of a sample, the order of a run.
+"""Mixtures of sources: the file that lists them, the model's view of a sample, the micro-batches of a run.
 
 A mixture is a JSON list (or TOML, [[source]]) of {"path": …, "task": …, "weight": …}, with the options of the
 source's format (sources.py) and "latents", a folder of cached latents. Paths are relative to the file; ~ is
@@ -10,24 +10,25 @@ Letters: B batch, L text length, S image side in pixels, h×w token grid, C late
 import os
 import random
 import sys
-from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from harmonkit.chat_template import GENERATE, IGNORE_INDEX, UNCONDITIONAL, pad, training_ids
+from harmonkit.chat_template import GENERATE, IGNORE_INDEX, UNCONDITIONAL, end_of_text, pad, training_ids
 from harmonkit.config import read_json
 from harmonkit.data.latents import LatentCache
+from harmonkit.data.order import Order, permutation, source_shares
 from harmonkit.data.records import SkipSample, lacking, usable_image
 from harmonkit.data.sources import BUILT_IN, FORMATS, PATH_OPTIONS, open_source, options_of
 from harmonkit.images import image_to_pixels, training_squares
 from harmonkit.pipeline import token_grid
 
 TASKS = ("text2image", "image2text", "text", "reca", "mar", "reconstruct")  # the last two: harmon-tiny's
+ANSWERS = ("image2text", "text")                                            # the tasks that learn answers
+ASKS_IMAGES = ("image2text", "reca")                                        # … whose images are in the prompt
+WITHOUT_LATENTS = ("text", "reconstruct")                                   # these train on none
 CAPTION_DROP = 0.1                  # fraction of captions and labels left out, for classifier-free guidance
 DESCRIBE = "Describe the image."    # the question about an image that has only a caption
 MAX_BAD = 0.05                      # fraction of a source; more bad samples stop the run
@@ -70,11 +71,13 @@ def read_toml(file):
         raise ValueError(f"{file}: not TOML, or Python is older than 3.11 ({error})") from None
 
 
-def open_mixture(file, tasks=TASKS) -> list:
+def open_mixture(file, tasks=TASKS, with_latents=True) -> list:
     """The Sources of a mixture file. Raises ValueError or FileNotFoundError that name the line."""
     sources = []
     for number, line in enumerate(read_mixture(file), start=1):
         where = f"{file}: source {number}"
+        if not with_latents:
+            line.pop("latents", None)
         try:
             sources.append(open_line(tasks, line))
         except (ValueError, FileNotFoundError) as error:
@@ -84,7 +87,8 @@ def open_mixture(file, tasks=TASKS) -> list:
 
 
 def open_line(tasks, line) -> Source:
-    """The Source of a mixture's line. Raises ValueError or FileNotFoundError."""
+    """The Source of a mixture's line. Raises ValueError, also for latents of other images; FileNotFoundError.
+    """
     options = dict(line)
     path, task = options.pop("path", None), options.pop("task", None)
     weight, latents = options.pop("weight", 1), options.pop("latents", None)
@@ -102,8 +106,14 @@ def open_line(tasks, line) -> Source:
     if task not in tasks or not is_number or not 0 < weight < float("inf"):
         raise ValueError(f"task {task!r} must be one of {', '.join(tasks)}, and weight {weight!r} a number "
                          "above 0")
+    if latents and task in WITHOUT_LATENTS:
+        raise ValueError(f"latents is {latents!r}, but the task {task} trains on no latents; leave it out")
     samples = open_source(path, **options)
-    return Source(path, task, weight, samples, LatentCache(latents) if latents else None)
+    cache = None
+    if latents:
+        cache = LatentCache(latents)
+        cache.compare(samples, task)
+    return Source(path, task, weight, samples, cache)
 
 
 # ---- samples -> batches -> losses ----------------------------------------------------------------------
@@ -112,7 +122,7 @@ def prepare(sample, task, size, rng, cached=None) -> dict:
     """The model's view of a sample, with the keys that the task needs. size: S. Raises SkipSample.
 
     "pixels" (1, 3, S, S), or "latents" (1, h, w, C) if `cached` (crops, h, w, C) is given;
-    "turns", a list of one [(question, answer or None), …], or "labels" (1,), -1 = none.
+    "turns", [(question, answer or None), …], or "labels" (1,), -1 = none.
     """
     row = {}
     if task != "text" and cached is not None:
@@ -131,125 +141,167 @@ def prepare(sample, task, size, rng, cached=None) -> dict:
         is_dropped = rng.random() < CAPTION_DROP
         prompt = UNCONDITIONAL if is_dropped else GENERATE.format(caption=sample.caption(rng))
         row["turns"] = [(prompt, None)]
-    elif task in ("image2text", "text"):
+    elif task in ANSWERS:
         if sample.turns is None and sample.caption is None:
             raise SkipSample(sample.name, lacking("conversation or caption", sample))
         row["turns"] = sample.turns(rng) if sample.turns else [(DESCRIBE, sample.caption(rng))]
     return row
 
 
+@dataclass(frozen=True)
+class Fit:
+    """The text that a run has room for, in tokens."""
+    tokenizer: object
+    num_image_tokens: int           # of an image that is asked about
+    max_length: int                 # text tokens at most; a longer text is cut at its end
+
+    @classmethod
+    def of(cls, model, size, max_length):
+        """That of a model which trains on images of this size in pixels."""
+        return cls(model.tokenizer, num_image_tokens(model, token_grid(model, size)), max_length)
+
+    def tokens(self, name, task, turns) -> tuple:
+        """(ids, labels) of a sample, cut, and whether they are cut. Raises SkipSample if no label remains."""
+        lengths = {"num_image_tokens": self.num_image_tokens if task in ASKS_IMAGES else 0}
+        ids, labels = training_ids(self.tokenizer, turns, **lengths)
+        end = end_of_text(ids, lengths["num_image_tokens"] + self.max_length)
+        has_label = labels[:end].count(IGNORE_INDEX) < len(labels[:end])
+        if task in ANSWERS and not has_label:
+            raise SkipSample(name, f"its question fills all {self.max_length} text tokens, so no answer is "
+                                   "left to learn; a larger --max-length has room for it")
+        return ids[:end], labels[:end], end < len(ids)
+
+
+def num_image_tokens(model, grid) -> int:
+    """How many tokens of an image with this grid (h, w) the language model sees."""
+    h, w = grid
+    return h * w + model.config.mar.buffer_size
+
+
 def loss_arguments(model, batch, max_length=None) -> dict:
     """Convert a batch of MixtureDataset into keyword arguments of its loss, on the model's device.
 
-    max_length: text tokens at most. Labels are (B, L) like input_ids and attention_mask, or (B,) for "mar".
+    max_length: text tokens at most, for a dataset without a Fit. Labels are (B, L) like input_ids and
+    attention_mask, or (B,) for "mar".
     """
     inputs = {key: batch[key] for key in ("pixels", "latents", "labels") if key in batch}
     if "turns" in batch:
-        num_image_tokens = 0
-        if batch["task"] in ("image2text", "reca"):
-            if "latents" in batch:
-                h, w = batch["latents"].shape[1:3]
-            else:
-                h, w = token_grid(model, batch["pixels"].shape[-1])
-            num_image_tokens = h * w + model.config.mar.buffer_size
-        lengths = {"num_image_tokens": num_image_tokens, "max_length": max_length}
-        rows = [training_ids(model.tokenizer, turns, **lengths) for turns in batch["turns"]]
+        rows = batch["ids"] if "ids" in batch else tokenize_turns(model, batch, max_length)
         ids, labels = zip(*rows, strict=True)
         inputs["input_ids"], inputs["attention_mask"] = pad(model.tokenizer, ids)
-        if batch["task"] in ("image2text", "text"):
+        if batch["task"] in ANSWERS:
             labels = [torch.tensor(row) for row in labels]
             inputs["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
     return {key: value.to(model.device) for key, value in inputs.items()}
 
 
-# ---- the order of a run --------------------------------------------------------------------------------
-
-def source_shares(sources, ratio) -> list:
-    """Each source's share of the micro-batches: its task's part of the ratio, split by weight.
-
-    ratio: {task: part}. Raises ValueError unless its tasks are those of the sources.
-    """
-    weights = Counter()
-    for source in sources:
-        weights[source.task] += source.weight
-    if set(weights) != set(ratio):
-        raise ValueError(f"the recipe trains {', '.join(ratio)}; the mixture has sources for "
-                         f"{', '.join(weights)}; these must be the same tasks")
-    return [ratio[source.task] * source.weight / weights[source.task] for source in sources]
+def tokenize_turns(model, batch, max_length) -> list:
+    """[(ids, labels), …] of a batch's turns."""
+    lengths = {"max_length": max_length}
+    if batch["task"] in ASKS_IMAGES:
+        is_cached = "latents" in batch
+        grid = batch["latents"].shape[1:3] if is_cached else token_grid(model, batch["pixels"].shape[-1])
+        lengths["num_image_tokens"] = num_image_tokens(model, grid)
+    return [training_ids(model.tokenizer, turns, **lengths) for turns in batch["turns"]]
 
 
-def source_cycle(shares) -> list:
-    """The shortest cycle of source indices in which each comes as often as its share says, evenly spread."""
-    # Find whole numbers in the ratio of the shares.
-    for scale in range(1, 101):
-        exact = [share / min(shares) * scale for share in shares]
-        counts = [round(x) for x in exact]
-        if all(abs(count - x) < 1e-3 * count for count, x in zip(counts, exact, strict=True)):
-            break
-    # Each step adds the counts to the credits. The largest credit is next and loses the sum of the counts.
-    cycle = []
-    credit = np.zeros(len(counts), dtype=int)
-    for _ in range(sum(counts)):
-        credit += counts
-        cycle.append(int(credit.argmax()))
-        credit[cycle[-1]] -= sum(counts)
-    return cycle
-
+# ---- the micro-batches of a run ------------------------------------------------------------------------
 
 class MixtureDataset(torch.utils.data.Dataset):
     """The micro-batches of a run by number. Each is of one source; sources alternate in the recipe's ratio.
 
     A micro-batch is a function of (seed, number), so a run resumes anywhere, on any number of processes.
-    A sample that cannot be used is replaced by the next one. ratio: {task: part}. size: S.
+    A sample that cannot be used is replaced by the next one. ratio: {task: part}. size: S. fit: a Fit, with
+    which texts are tokenized here, and samples without room for a label cannot be used.
     """
 
-    def __init__(self, sources, ratio, micro_batch, size, seed=0):
+    def __init__(self, sources, ratio, micro_batch, size, seed=0, fit=None):
         self.sources = sources
         self.micro_batch = micro_batch
         self.size = size
         self.seed = seed
-        self.cycle = source_cycle(source_shares(sources, ratio))
+        self.fit = fit
+        self.order = Order(source_shares(sources, ratio))
+        self.epochs = {}                                        # {s: (epoch, its order of the samples)}
 
     def __len__(self):
         return sys.maxsize
 
     def place(self, number):
         """The index of a micro-batch's source, and how many micro-batches of that source come before."""
-        rounds, i = divmod(number, len(self.cycle))
-        s = self.cycle[i]
-        return s, rounds * self.cycle.count(s) + self.cycle[:i].count(s)
+        return self.order.place(number)
 
     def __getitem__(self, number):
-        """{"task", "source": its index, "skipped": [SkipSample, …]} and B rows of `prepare`."""
+        """{"task", "source": its index, "skipped": [(index, SkipSample), …]} and B rows of `prepare`.
+
+        With a Fit also "ids", (ids, labels) of each row, and "cut", the number of cut texts. In a process of
+        its own, where torch would put a traceback into the message, an error comes as {"error"}.
+        """
+        try:
+            return self.batch(number)
+        except (ValueError, OSError) as error:
+            if torch.utils.data.get_worker_info() is None:
+                raise
+            return {"error": error}
+
+    def batch(self, number):
         s, before = self.place(number)
-        first = before * self.micro_batch
-        skipped = []
-        rows = [self.row(s, position, skipped) for position in range(first, first + self.micro_batch)]
-        batch = {"task": self.sources[s].task, "source": s, "skipped": skipped}
+        first, task = before * self.micro_batch, self.sources[s].task
+        batch = {"task": task, "source": s, "skipped": []}
+        drawing = [self.usable(s, first + i, batch["skipped"]) for i in range(self.micro_batch)]
+        drawn = [next(samples) for samples in drawing]
+        if self.fit and "turns" in drawn[0][2]:
+            # All texts after all images: a tokenizer is faster while its tables stay in the CPU's cache.
+            batch["cut"] = 0
+            for i, samples in enumerate(drawing):
+                drawn[i] = self.tokenize(drawn[i], samples, batch)
+        rows = [row for _, _, row in drawn]
         for key in rows[0]:
             values = [row[key] for row in rows]
             batch[key] = torch.cat(values) if torch.is_tensor(values[0]) else values
         return batch
 
-    def row(self, s, position, skipped):
-        """`prepare` of the next usable sample of source s, from a position counted through all epochs."""
+    def usable(self, s, position, skipped):
+        """Yield (index, name, row) of the usable samples of source s, from a position counted through all
+        epochs. Raises ValueError after the last.
+        """
         source = self.sources[s]
         count = len(source.samples)
         rng = random.Random(f"{self.seed}/{s}/{position}")
         for candidate in range(position, position + min(count, 1000)):
-            epoch, i = divmod(candidate, count)
-            index = int(permutation(count, self.seed, s, epoch)[i])
+            index = self.index(s, candidate)
             try:
-                cached = source.latents.get(index) if source.latents else None
-                return prepare(source.samples[index], source.task, self.size, rng, cached)
+                sample = source.samples[index]
+                cached = source.latents.get(index, sample) if source.latents else None
+                row = prepare(sample, source.task, self.size, rng, cached)
             except SkipSample as error:
-                skipped.append(error)
-        raise ValueError(f"{source.path}: no usable sample among {min(count, 1000)}, the last: {skipped[-1]}")
+                skipped.append((index, error))
+                continue
+            yield index, sample.name, row
+        raise ValueError(f"{source.path}: no usable sample among {min(count, 1000)}, the last: "
+                         f"{skipped[-1][1]}")
 
+    def tokenize(self, drawn, samples, batch):
+        """What `usable` yields, with "ids"; the next of `samples` where a text has no room for a label."""
+        while True:
+            index, name, row = drawn
+            try:
+                ids, labels, is_cut = self.fit.tokens(name, batch["task"], row["turns"])
+            except SkipSample as error:
+                batch["skipped"].append((index, error))
+                drawn = next(samples)
+                continue
+            row["ids"] = (ids, labels)
+            batch["cut"] += is_cut
+            return drawn
 
-@lru_cache(maxsize=64)
-def permutation(count, *seed):
-    return np.random.default_rng(seed).permutation(count).astype(np.int32)
+    def index(self, s, position) -> int:
+        """The sample at a position of source s. Each epoch has an order of its own."""
+        count = len(self.sources[s].samples)
+        epoch, i = divmod(position, count)
+        if s not in self.epochs or self.epochs[s][0] != epoch:
+            self.epochs[s] = epoch, permutation(count, self.seed, s, epoch)
+        return int(self.epochs[s][1][i])
 
 
 class SampleCounts:
@@ -260,15 +312,21 @@ class SampleCounts:
         self.used = [0] * len(sources)
         self.skipped = [0] * len(sources)
         self.bad = [0] * len(sources)               # of the skipped ones
-        self.names = set()
+        self.cut = [0] * len(sources)               # of the used ones, in all epochs
+        self.seen = set()                           # (source, index) of the skipped ones
 
     def add(self, batch, say=print):
-        """Count a batch of MixtureDataset. Raises ValueError if more than MAX_BAD of its source is bad."""
+        """Count a batch of MixtureDataset. Raises its error, or ValueError if more than MAX_BAD of its source
+        is bad.
+        """
+        if "error" in batch:
+            raise batch["error"]
         s = batch["source"]
         self.used[s] += next(len(batch[key]) for key in ("pixels", "latents", "turns") if key in batch)
-        for error in batch["skipped"]:
-            if error.name not in self.names:
-                self.names.add(error.name)
+        self.cut[s] += batch.get("cut", 0)
+        for index, error in batch["skipped"]:
+            if (s, index) not in self.seen:
+                self.seen.add((s, index))
                 self.skipped[s] += 1
                 self.bad[s] += error.bad
                 say(f"skipped {error}")
@@ -278,3 +336,7 @@ class SampleCounts:
         if checked >= min(100, len(source.samples)) and self.bad[s] > max(1, MAX_BAD * checked):
             raise ValueError(f"{source.path}: {self.bad[s]} of the first {checked} samples are bad, more "
                              f"than {MAX_BAD:.0%}; `python -m harmonkit.data inspect` lists them")
+
+    def totals(self) -> dict:
+        """{"unusable": samples that were skipped, "cut": samples whose text was cut}."""
+        return {"unusable": sum(self.skipped), "cut": sum(self.cut)}
