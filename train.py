@@ -6,12 +6,12 @@
     torchrun --nproc_per_node=8 --nnodes=4 train.py stage1 --config harmon-1.5b --init-llm Qwen2.5-1.5B \\
         --init-mar mar_huge.pth --vae kl16.ckpt --mixture mixture.json
 
-A run lives in runs/<recipe>; the same command resumes it from its last checkpoint. Data and random draws of a
-micro-batch are functions of (seed, number of the micro-batch). So n steps, a kill and n more steps give the
-weights of 2n steps, on a CPU to the bit, and the number of processes changes only the order of sums. Ctrl-C
-and SIGTERM save before they end the run; torchrun's flag --shutdown-timeout 1800 gives them time.
+A run lives in runs/<recipe>. The same command resumes it from its last checkpoint, or, without its flags,
+`train.py resume runs/<recipe>`. Data and random draws of a micro-batch are functions of (seed, number of the
+micro-batch). So n steps, a kill and n more steps give the weights of 2n steps, on a CPU to the bit, and the
+number of processes changes only the order of sums. Ctrl-C and SIGTERM save before they end the run;
+torchrun's flag --shutdown-timeout 1800 gives them time.
 """
-import argparse
 import contextlib
 import random
 import sys
@@ -23,14 +23,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from harmonkit import fast
-from harmonkit.data.mixture import MixtureDataset, SampleCounts, loss_arguments
+from harmonkit.data.mixture import SampleCounts, loss_arguments
 from harmonkit.devices import any_rank, barrier, choose_device, rank_and_world_size
-from harmonkit.training import runs
+from harmonkit.terminal import Parser
+from harmonkit.training import processes, record, runs
 from harmonkit.training.dry_run import dry_run
 from harmonkit.training.losses import Losses, wrap_blocks
 from harmonkit.training.monitor import Monitor, plot
 from harmonkit.training.optim import PARTS, schedule
-from harmonkit.training.recipes import CHAINS, RECIPES, accumulation, add_flags, override
+from harmonkit.training.recipes import CHAINS, RECIPES, accumulation, add_flags
 
 
 def train(name, recipe, args, stop_at=None):
@@ -39,22 +40,18 @@ def train(name, recipe, args, stop_at=None):
     run = runs.Run(name, recipe, args)
     last_step = stop_at or recipe.steps
     if run.step >= last_step:
-        if rank == 0:
-            print(f"{run.folder}: finished, {run.step} steps; another --runs trains anew", file=sys.stderr)
-        return runs.checkpoints_of(run.folder)[-1]
+        return run.say_finished()
     model, optimizer, ema = run.start()
 
     # Micro-batch number (s · micro_steps + i) · world_size + rank is micro-step i of step s.
     micro_steps = accumulation(recipe, world_size)
     per_step = micro_steps * world_size
     numbers = range(run.step * per_step + rank, last_step * per_step, world_size)
-    sources = runs.open_sources(model, recipe, args)
-    dataset = MixtureDataset(sources, recipe.ratio, recipe.micro_batch, recipe.size, recipe.seed)
     loader = torch.utils.data.DataLoader(
-        dataset, batch_size=None, sampler=numbers, num_workers=args.workers, pin_memory=device.type == "cuda",
-        worker_init_fn=runs.ignore_signals)
+        run.dataset, batch_size=None, sampler=numbers, num_workers=args.workers,
+        pin_memory=device.type == "cuda", worker_init_fn=processes.ignore_signals)
     batches = zip(numbers, loader, strict=True)
-    counts = SampleCounts(sources)
+    counts = SampleCounts(run.dataset.sources)
 
     # Optimisations are put on from outside. DistributedDataParallel averages gradients over the processes.
     fast.patch_attention(device)
@@ -67,7 +64,7 @@ def train(name, recipe, args, stop_at=None):
             find_unused_parameters=True, gradient_as_bucket_view=True)
 
     monitor = Monitor(run.folder, name, recipe.ratio, run.step, last_step, rank, world_size)
-    with runs.collect_signals() as signals:
+    with processes.collect_signals() as stop_asked:
         for step in range(run.step, last_step):
             # Accumulate gradients over micro-batches. Processes exchange them in the last micro-step only.
             for i in range(micro_steps):
@@ -97,10 +94,10 @@ def train(name, recipe, args, stop_at=None):
             optimizer.zero_grad(set_to_none=True)
 
             # Log. Raises ValueError after ten steps in a row without a finite gradient.
-            monitor.step(step + 1, norm, lr, finite, sum(counts.skipped))
+            monitor.step(step + 1, norm, lr, finite, counts.totals())
 
             # Save, also when any process got a signal to stop.
-            stop = any_rank(bool(signals), device)
+            stop = any_rank(bool(stop_asked), device)
             if rank == 0 and (stop or step + 1 == last_step or (step + 1) % recipe.save_every == 0):
                 run.save(step + 1)
             if stop:
@@ -113,10 +110,7 @@ def train(name, recipe, args, stop_at=None):
 
     monitor.close()
     barrier()
-    if rank == 0 and last_step == recipe.steps and "reconstruct" in recipe.ratio:
-        runs.set_latent_scale(run.folder, dataset)
-    barrier()
-    return runs.checkpoints_of(run.folder)[-1]
+    return run.last_path()
 
 
 def seed_of(seed, number):
@@ -124,14 +118,13 @@ def seed_of(seed, number):
     return random.Random(f"{seed}/{number}").getrandbits(63)
 
 
-def arguments(argv=None):
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+def make_parser():
+    parser = Parser("train.py", __doc__)
     flag = parser.add_argument
-    flag("recipe", choices=[*CHAINS, *RECIPES])
+    flag("recipe", choices=[*CHAINS, *RECIPES], help="or: resume RUN, the folder of a run")
     flag("--mixture", type=Path, help="JSON or TOML file that lists the data; default: the shapes world")
     flag("--runs", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
-    flag("--init", help="start from this model (a name, folder, .pth or hub id) instead of the recipe before")
+    flag("--init", help="start from this model (name, folder, .pth, hub id) or run, not the recipe before")
     flag("--init-llm", help="start from this Qwen2.5 folder or file")
     flag("--init-mar", help="start from this MAR checkpoint")
     flag("--vae", help="kl16.ckpt")
@@ -144,7 +137,21 @@ def arguments(argv=None):
     flag("--dry-run", action="store_true", help="print the rates, the batch and the memory it takes")
     flag("--plot", action="store_true", help="draw the losses so far to runs/<recipe>/loss.png")
     add_flags(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def arguments(argv=None):
+    """The flags of a command. `resume RUN` stands for the recipe and all flags of that run."""
+    argv = sys.argv[1:] if argv is None else argv
+    resumed = argv[1:2] if argv[:1] == ["resume"] else None
+    if resumed is None:
+        args = make_parser().parse_args(argv)
+    else:
+        recorded = make_parser().parse_args(record.command_of(resumed))
+        args = make_parser().parse_args([recorded.recipe, *argv[2:]], recorded)
+    args.given = dict(vars(args))
+    args.command = ["train.py", *argv]
+    args.resume = resumed and Path(*resumed)
     args.rank, args.world_size = rank_and_world_size()
     args.device = choose_device(args.device)
     if args.workers is None:
@@ -153,10 +160,9 @@ def arguments(argv=None):
 
 
 def main():
-    try:
+    with processes.orderly_end("train.py"):
         args = arguments()
-        names = CHAINS.get(args.recipe, [args.recipe])
-        recipes = {name: override(name, RECIPES[name], args) for name in names}
+        recipes = record.runs_of(args)
         if args.dry_run or args.plot:
             for name, recipe in recipes.items():
                 dry_run(name, recipe, args) if args.dry_run else print(plot(args.runs / name))
@@ -168,16 +174,10 @@ def main():
                                     device_id=args.device if is_gpu else None)
         for name, recipe in recipes.items():
             path = train(name, recipe, args)
-            args.init = None                                                # the next starts from this one
+            record.forget_start(args)                                       # the next starts from this one
         if args.export and args.rank == 0:
             runs.export(path.parent, args.export)
             print(args.export)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,14 @@ from conftest import SMALL
 from training_helpers import SHORT
 
 from harmon import Harmon
-from harmonkit.training.optim import MultiOptimizer, load_state, make_optimizer, parameter_groups, schedule
+from harmonkit.training.optim import (
+    EMA,
+    MultiOptimizer,
+    load_state,
+    make_optimizer,
+    parameter_groups,
+    schedule,
+)
 from harmonkit.training.recipes import RECIPES, change
 
 HEAD = ("mar.decoder", "mar.mask_token", "mar.diffusion_pos_embed_learned", "mar.diffloss", "proj_out")
@@ -92,3 +99,18 @@ def test_several_optimizers_act_as_one_and_are_restored():
     slower, _ = make(lr=0.05)
     load_state(slower, state)
     assert [group["peak"] for group in slower.param_groups] == [0.05, 0.05], "a changed rate stays changed"
+
+
+def test_ema():
+    p = torch.nn.Parameter(torch.tensor([0.0]))
+    ema = EMA({"p": p}, decay=0.15)
+    with torch.no_grad():
+        p.fill_(1.0)
+    ema.update(step=0)
+    assert ema.weights["p"].item() == pytest.approx(0.9), "decay 1 / 10"
+    with torch.no_grad():
+        p.fill_(2.0)
+    ema.update(step=1)
+    assert ema.weights["p"].item() == pytest.approx(0.15 * 0.9 + 0.85 * 2), "2 / 11 is more than the decay"
+    ema.swap()
+    assert (p.item(), ema.weights["p"].item()) == pytest.approx((1.835, 2))

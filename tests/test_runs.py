@@ -1,117 +1,20 @@
-import signal
-
+"""What a run starts from, and what it leaves at its end."""
 import pytest
 import torch
 from conftest import SMALL, shake
-from training_helpers import (  # noqa: F401
-    ALL,
-    SHORT,
-    SMALL_64,
-    equal,
-    options,
-    run,
-    small_world,
-    uninterrupted,
-)
+from training_helpers import SHORT, SMALL_64, options, run, small_world  # noqa: F401
 
 import train
 from harmon import Harmon
 from harmonkit import checkpoints
 from harmonkit.shapes_world.tokenizer import train_tokenizer
 from harmonkit.tokenizer import load_tokenizer
-from harmonkit.training import runs
+from harmonkit.training.checkpoint_files import checkpoints_of, last_checkpoint, model_from_checkpoint
 from harmonkit.training.recipes import RECIPES, change
-from harmonkit.training.runs import EMA, checkpoints_of, first_model, model_from_checkpoint
+from harmonkit.training.runs import Run, first_model, shapes_source, with_latents
 
 pytestmark = pytest.mark.usefixtures("small_world")
 TEXT = change(SHORT, ratio={"text": 1}, lr={"llm": 1e-3}, batch=2, steps=4)        # the quickest
-
-
-# ---- checkpoints -------------------------------------------------------------------------------------------
-
-def test_a_broken_checkpoint_falls_back_to_the_one_before(uninterrupted, tmp_path, capsys):  # noqa: F811
-    run(SHORT, tmp_path)
-    last = checkpoints_of(tmp_path / "test")[-1]
-    last.write_bytes(last.read_bytes()[:5000])
-    again = run(SHORT, tmp_path)
-    assert "step-000006.pt cannot be read, going back" in capsys.readouterr().err
-    assert equal(uninterrupted["model"], again["model"])
-
-
-def test_the_newest_two_are_kept(tmp_path):
-    run(TEXT, tmp_path, save_every=1)
-    assert [path.name for path in checkpoints_of(tmp_path / "test")] == ["step-000003.pt", "step-000004.pt"]
-
-
-def test_a_full_disk_ends_the_run_and_loses_nothing_saved(uninterrupted, tmp_path, monkeypatch):  # noqa: F811
-    write, written = torch.save, []
-
-    def nearly_full(content, path):
-        write(content, path)
-        written.append(path)
-        if len(written) > 1:
-            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 712960 vs 712848")
-    monkeypatch.setattr(torch, "save", nearly_full)                         # torch's message of a full disk
-    message = "the checkpoint of step 4 could not be written .*is the disk full.* last one is .*step-000002"
-    with pytest.raises(OSError, match=message):
-        run(SHORT, tmp_path, save_every=2)
-    monkeypatch.undo()
-    left = [path.name for path in (tmp_path / "test").glob("*step*")]
-    assert left == ["step-000002.pt"], "nothing half-written"
-    assert equal(uninterrupted["model"], run(SHORT, tmp_path, save_every=2)["model"])
-
-
-@pytest.mark.parametrize("content", [{"step": 3}, {"step": 3, "format": runs.FORMAT + 1}])
-def test_a_checkpoint_of_another_format_is_refused(tmp_path, content):
-    (tmp_path / "test").mkdir()
-    torch.save(content, tmp_path / "test" / "step-000003.pt")
-    message = "step-000003.pt: its format is (None|2), this train.py reads 1.* head .*--export .*--init "
-    with pytest.raises(ValueError, match=message):
-        run(SHORT, tmp_path)
-    with pytest.raises(ValueError, match=message):
-        train.train("next", change(SHORT, after="test"), options(tmp_path))
-
-
-def test_changed_settings_are_named(tmp_path, capsys):
-    run(TEXT, tmp_path, stop_at=1)
-    run(TEXT, tmp_path, stop_at=2, batch=4, lr={"llm": 2e-3})
-    err = capsys.readouterr().err
-    assert "batch 2 -> 4" in err and "lr {" in err and "the data come in another order" in err
-    content = run(TEXT, tmp_path, stop_at=3, batch=4, lr={"llm": 2e-3}, clip=2.0)
-    err = capsys.readouterr().err
-    assert "clip 1.0 -> 2.0" in err and "batch" not in err and "another order" not in err
-    assert content["optimizer"]["param_groups"][0]["peak"] == 2e-3, "a changed rate is used"
-    run(TEXT, tmp_path, batch=4, lr={"llm": 2e-3}, kl=3.0)
-    assert "kl 0.01 -> 3.0" in capsys.readouterr().err
-    run(TEXT, tmp_path)
-    assert "finished, 4 steps; another --runs trains anew" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="has trained llm so far; another choice needs another --runs"):
-        run(TEXT, tmp_path, lr=ALL, steps=8)
-
-
-def test_ema():
-    p = torch.nn.Parameter(torch.tensor([0.0]))
-    ema = EMA({"p": p}, decay=0.15)
-    with torch.no_grad():
-        p.fill_(1.0)
-    ema.update(step=0)
-    assert ema.weights["p"].item() == pytest.approx(0.9), "decay 1 / 10"
-    with torch.no_grad():
-        p.fill_(2.0)
-    ema.update(step=1)
-    assert ema.weights["p"].item() == pytest.approx(0.15 * 0.9 + 0.85 * 2), "2 / 11 is more than the decay"
-    ema.swap()
-    assert (p.item(), ema.weights["p"].item()) == pytest.approx((1.835, 2))
-
-
-def test_the_averaged_weights_are_handed_on(tmp_path):
-    content = run(TEXT, tmp_path)
-    name = "llm.model.layers.0.mlp.up_proj.weight"
-    assert not torch.equal(content["model"][name], content["model_ema"][name])
-    args = options(tmp_path)
-    for model in (model_from_checkpoint(content), first_model("next", change(SHORT, after="test"), args)):
-        assert equal(model.state_dict(), content["model_ema"])
-    assert equal(model_from_checkpoint(content, "model").state_dict(), content["model"])
 
 
 # ---- the start of a new run --------------------------------------------------------------------------------
@@ -169,18 +72,55 @@ def test_the_latent_scale_is_measured_after_the_vaes_training(tmp_path):
     content = run(recipe, tmp_path)
     assert content["config"]["vae_scale"] != SMALL.vae_scale
     model = model_from_checkpoint(content)
-    sources = runs.shapes_world(model, change(SHORT, ratio={"mar": 1}), options(tmp_path))
-    latents = torch.stack([sources[0].latents.get(i) for i in range(20)])
+    source, = with_latents(model, [shapes_source("mar", SHORT)], SHORT, options(tmp_path))
+    latents = torch.stack([source.latents.get(i, source.samples[i]) for i in range(20)])
     assert latents.float().std().item() == pytest.approx(1, abs=0.1)
 
 
-# ---- signals -----------------------------------------------------------------------------------------------
+def test_a_run_stopped_while_it_measures_the_scale_measures_it_again(tmp_path, monkeypatch):
+    """The last checkpoint is written after the measurement, so no finished run lacks it."""
+    recipe = change(SHORT, ratio={"reconstruct": 1}, lr={"vae": 1e-3}, steps=2, batch=1, micro_batch=1,
+                    save_every=1)
+    whole = run(recipe, tmp_path / "a")
 
-def test_signals_are_collected_and_the_handlers_restored():
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(OSError), runs.collect_signals() as received:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
-        assert received == [signal.SIGINT, signal.SIGTERM]
-        raise OSError
-    assert signal.getsignal(signal.SIGINT) is before
+    def killed(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("harmonkit.training.runs.latent_scale", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "b")
+    assert [path.name for path in checkpoints_of(tmp_path / "b" / "test")] == ["step-000001.pt"]
+    monkeypatch.undo()
+    assert run(recipe, tmp_path / "b")["config"] == whole["config"]
+
+
+def test_a_lost_or_changed_tokenizer_is_refused(tmp_path):
+    run(TEXT, tmp_path, stop_at=2)
+    file = tmp_path / "test" / "tokenizer.json"
+    content = file.read_text()
+    file.unlink()
+    with pytest.raises(ValueError, match="tokenizer.json: no such file, but this run has trained with it"):
+        run(TEXT, tmp_path)
+    train_tokenizer(300).save(str(file))
+    with pytest.raises(ValueError, match="tokenizer.json: not the tokenizer that this run has trained with"):
+        run(TEXT, tmp_path)
+    file.write_text(content)
+    other = tmp_path / "other.json"
+    train_tokenizer(300).save(str(other))
+    with pytest.raises(ValueError, match="--tokenizer .*other.json: .*has another; leave the flag out"):
+        run(TEXT, tmp_path, "--tokenizer", other)
+    assert run(TEXT, tmp_path, "--tokenizer", file)["step"] == 4
+
+
+def test_data_are_opened_before_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("harmonkit.training.runs.first_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(FileNotFoundError, match="nowhere.json"):
+        run(TEXT, tmp_path, "--mixture", tmp_path / "nowhere.json")
+
+
+def test_a_run_that_was_refused_leaves_its_record(tmp_path):
+    run(TEXT, tmp_path, stop_at=2)
+    before = (tmp_path / "test" / "run.json").read_text()
+    with pytest.raises(ValueError):
+        run(TEXT, tmp_path, muon=True)
+    assert (tmp_path / "test" / "run.json").read_text() == before
+    assert Run("test", TEXT, options(tmp_path)).step == last_checkpoint(tmp_path / "test")[1]["step"] == 2

@@ -23,10 +23,11 @@ from training_helpers import (  # noqa: F401
 import train
 from harmon import Harmon
 from harmonkit.data.mixture import MixtureDataset, loss_arguments
+from harmonkit.training.checkpoint_files import checkpoints_of, last_checkpoint
 from harmonkit.training.losses import Losses
 from harmonkit.training.monitor import Monitor
 from harmonkit.training.recipes import RECIPES, change
-from harmonkit.training.runs import checkpoints_of, last_checkpoint, open_sources
+from harmonkit.training.runs import shapes_source, with_latents
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
@@ -51,7 +52,8 @@ def plain_loop(model, recipe, args):
     """Three steps of two micro-batches -> the EMA of the model's weights and the norms of the gradients."""
     model.train()
     model.grad_scale = 0.3
-    dataset = MixtureDataset(open_sources(model, recipe, args), recipe.ratio, 2, 64, 0)
+    sources = with_latents(model, [shapes_source(task, recipe) for task in recipe.ratio], recipe, args)
+    dataset = MixtureDataset(sources, recipe.ratio, 2, 64, 0)
     weights = {n: p.requires_grad_(not n.startswith("vae.")) for n, p in model.named_parameters()}
     weights = {n: p for n, p in weights.items() if p.requires_grad}
     ema = {n: p.detach().clone() for n, p in weights.items()}
@@ -277,7 +279,7 @@ def test_the_chain_hands_on_its_weights_and_exports_the_last(tmp_path, monkeypat
 
 @pytest.mark.parametrize("flags, message", [
     (("--checkpointing", "yes"), "neither true nor false"),
-    (("--save-every", "0"), "save-every must be at least 1"),
+    (("--save-every", "0"), "--save-every is 0; expected a whole number"),
     (("--device", "tpu9"), "--device tpu9"),
     (("--plot",), "has the run begun"),
     (("--only", "vae"), "tiny-llm trains llm"),

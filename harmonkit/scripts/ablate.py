@@ -24,8 +24,8 @@ from harmonkit.evals.shapes import generation_scores, masked_losses, question_sc
 from harmonkit.scripts import argument_parser
 from harmonkit.terminal import errors_in_one_line
 from harmonkit.tokenizer import load_tokenizer
+from harmonkit.training.checkpoint_files import last_checkpoint, model_from_checkpoint
 from harmonkit.training.recipes import ALL_TINY, RECIPES
-from harmonkit.training.runs import last_checkpoint, model_from_checkpoint
 
 DRAW = {"ratio": {"text2image": 1}}
 ASK = {"ratio": {"image2text": 1}}

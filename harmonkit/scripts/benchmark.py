@@ -27,7 +27,7 @@ from harmonkit.devices import DTYPES, choose_device
 from harmonkit.pipeline import token_grid
 from harmonkit.scripts import argument_parser
 from harmonkit.terminal import errors_in_one_line
-from harmonkit.training import losses, optim, recipes, runs
+from harmonkit.training import losses, optim, recipes
 from harmonkit.training.monitor import peak_memory
 from mar import Randomness
 
@@ -175,7 +175,7 @@ def train_row(args, variant):
     model = make_model(args, args.device).float().train()
     recipe = replace(recipes.RECIPES["finetune"], **VARIANTS[variant])
     optimizer = optim.make_optimizer(optim.parameter_groups(model, recipe))
-    ema = runs.EMA({name: p for name, p in model.named_parameters() if p.requires_grad}, recipe.ema)
+    ema = optim.EMA({name: p for name, p in model.named_parameters() if p.requires_grad}, recipe.ema)
     fast.patch_attention(args.device)
     losses.wrap_blocks(model, recipe)
     loss_of = losses.Losses(model, recipe)

@@ -1,4 +1,4 @@
-"""Parameter groups, their learning rates over the steps, and the optimizers.
+"""Parameter groups, their learning rates over the steps, the optimizers, and the average of the weights.
 
 AdamW for everything, as in the papers. With the recipe's `muon`: Muon ("Muon is Scalable for LLM Training",
 2502.16982; torch's own) for the matrices of the transformer blocks and AdamW for the rest. A small model then
@@ -38,7 +38,7 @@ def parameter_groups(model, recipe) -> list:
         muon = recipe.tiny.muon and p.ndim == 2 and name.startswith(BLOCKS)
         peak = recipe.lr[part] * (MUON_RATE if muon else 1)
         group = {"params": [], "part": part, "weight_decay": decay, "muon": muon, "peak": peak, "lr": peak}
-        groups.setdefault((part, decay, muon), group)["params"].append(p)
+        groups.setdefault((part, has_decay, muon), group)["params"].append(p)
     return list(groups.values())
 
 
@@ -93,3 +93,33 @@ class MultiOptimizer:
     def load_state_dict(self, states):
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
+
+
+class EMA:
+    """The exponential moving average of the trainable weights, {name: parameter}."""
+
+    def __init__(self, trainable, decay):
+        self.trainable = trainable
+        self.decay = decay
+        self.weights = {name: p.detach().clone() for name, p in trainable.items()}
+
+    @torch.no_grad()
+    def update(self, step):
+        """Average in the weights after `step`, counted from 0."""
+        # The decay grows with the steps, so that the initial weights soon leave the average.
+        decay = min(self.decay, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(self.weights.values()), list(self.trainable.values()), 1 - decay)
+
+    @torch.no_grad()
+    def swap(self):
+        """Exchange the model's weights and the averages, in place."""
+        for name, p in self.trainable.items():
+            own = p.clone()
+            p.copy_(self.weights[name])
+            self.weights[name].copy_(own)
+
+    def state_dict(self, model):
+        """The model's state dict, with averages in place of its trainable weights."""
+        # By address: tied weights have two names there.
+        average_of = {p.data_ptr(): self.weights[name] for name, p in self.trainable.items()}
+        return {name: average_of.get(p.data_ptr(), p) for name, p in model.state_dict().items()}

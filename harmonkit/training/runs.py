@@ -1,113 +1,120 @@
-"""Runs on disk: checkpoints from which a run resumes exactly, and the model that a new run starts with.
-
-A checkpoint, step-000123.pt, holds the weights, their EMA, the optimizer's state, the model's configuration
-and the recipe. Data and random draws follow from the recipe's seed and the number of the step.
-"""
-import contextlib
-import os
-import signal
+"""A run in its folder: what it starts from, how it resumes, what it saves."""
+import copy
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from harmon import Harmon, HarmonConfig
 from harmonkit import checkpoints
-from harmonkit.data.latents import LatentCache, cache_latents
-from harmonkit.data.mixture import Source, open_mixture
+from harmonkit.data.caching import cache_latents
+from harmonkit.data.latents import LatentCache
+from harmonkit.data.mixture import Fit, MixtureDataset, Source, open_mixture
+from harmonkit.data.order import source_shares
 from harmonkit.data.sources import open_source
 from harmonkit.devices import barrier
 from harmonkit.shapes_world.tokenizer import train_tokenizer
 from harmonkit.tokenizer import load_tokenizer
-from harmonkit.training.optim import load_state, make_optimizer, parameter_groups
-from harmonkit.training.recipes import settings
-
-FORMAT = 1                        # of checkpoints; raise it with a change after which none resumes exactly
-DATA_SETTINGS = {"batch", "micro_batch", "seed", "ratio", "scenes"}         # the data depend on them
-
-
-# ---- checkpoints -------------------------------------------------------------------------------------------
-
-def checkpoints_of(folder) -> list:
-    """The paths of a run's checkpoints, oldest first."""
-    return sorted(Path(folder).glob("step-*.pt"))
-
-
-def last_checkpoint(folder):
-    """(path, content) of the newest readable checkpoint, or None. Raises ValueError for another FORMAT."""
-    for path in reversed(checkpoints_of(folder)):
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, EOFError, OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            print(f"warning: {path} cannot be read, going back to the one before ({reason})", file=sys.stderr)
-            continue
-        if content.get("format") != FORMAT:
-            raise ValueError(
-                f"{path}: its format is {content.get('format')}, this train.py reads {FORMAT}. Recipes "
-                "and the arithmetic of the diffusion head differ, so the run cannot resume exactly. In the "
-                "version that wrote it, add --export FOLDER to its command; here, begin with --init FOLDER "
-                "and another --runs")
-        return path, content
-
-
-def model_from_checkpoint(content, which="model_ema") -> Harmon:
-    """The model in a checkpoint, with its EMA weights or, which="model", with the weights in training."""
-    model = Harmon(HarmonConfig.from_json(content["config"], "checkpoint"))
-    model.load_state_dict(content[which], strict=True)
-    return model
-
-
-class EMA:
-    """The exponential moving average of the trainable weights, {name: parameter}."""
-
-    def __init__(self, trainable, decay):
-        self.trainable = trainable
-        self.decay = decay
-        self.weights = {name: p.detach().clone() for name, p in trainable.items()}
-
-    @torch.no_grad()
-    def update(self, step):
-        """Average in the weights after `step`, counted from 0."""
-        # The decay grows with the steps, so that the initial weights soon leave the average.
-        decay = min(self.decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(self.weights.values()), list(self.trainable.values()), 1 - decay)
-
-    @torch.no_grad()
-    def swap(self):
-        """Exchange the model's weights and the averages, in place."""
-        for name, p in self.trainable.items():
-            own = p.clone()
-            p.copy_(self.weights[name])
-            self.weights[name].copy_(own)
-
-    def state_dict(self, model):
-        """The model's state dict, with averages in place of its trainable weights."""
-        # By address: tied weights have two names there.
-        average_of = {p.data_ptr(): self.weights[name] for name, p in self.trainable.items()}
-        return {name: average_of.get(p.data_ptr(), p) for name, p in model.state_dict().items()}
+from harmonkit.training import changes, record
+from harmonkit.training.checkpoint_files import (
+    FORMAT,
+    checkpoints_of,
+    last_checkpoint,
+    model_from_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from harmonkit.training.optim import EMA, load_state, make_optimizer, parameter_groups
+from harmonkit.training.processes import lock
+from harmonkit.training.recipes import check_size, settings
 
 
 class Run:
-    """One run of a recipe, in the folder args.runs/name. `start` makes its model, optimizer and EMA."""
+    """One run of a recipe, in the folder args.runs/name. `start` makes its model, optimizer and EMA.
+
+    Raises ValueError where the command asks for another run than the folder holds, or another process trains
+    there.
+    """
 
     def __init__(self, name, recipe, args):
         self.name = name
         self.recipe = recipe
         self.args = args
         self.folder = args.runs / name
-        _, self.found = last_checkpoint(self.folder) or (None, None)
+        if args.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.folder)
+        self.found = self.find_checkpoint()
         self.step = self.found["step"] if self.found else 0                 # steps done
+        self.sources = self.open_data()
+        self.record = self.compare()
+        if self.found:
+            self.check_tokenizer()
+
+    @property
+    def is_finished(self):
+        return self.step >= self.recipe.steps
+
+    def find_checkpoint(self):
+        """The content of the last checkpoint, or None: process 0 finds and checks it for all."""
+        found = last_checkpoint(self.folder) if self.args.rank == 0 else None
+        path = [found[0] if found else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(path)
+        if self.args.rank > 0 and path[0]:
+            if not path[0].exists():
+                raise ValueError(f"{path[0]}: process {self.args.rank} does not see this file of process 0; "
+                                 "--runs must be a folder that all nodes share")
+            return read_checkpoint(path[0])
+        return found[1] if found else None
+
+    def open_data(self) -> list:
+        """The sources of --mixture, else of the shapes world, whose latents `start` adds.
+
+        None if they cannot be opened, but the run is finished and needs them no more.
+        """
+        recipe, args = self.recipe, self.args
+        if args.mixture:
+            try:
+                sources = open_mixture(args.mixture)
+            except (ValueError, OSError):
+                if self.is_finished:
+                    return None
+                raise
+        else:
+            sources = [shapes_source(task, recipe) for task in recipe.ratio]
+        source_shares(sources, recipe.ratio)                                # checks the tasks
+        return sources
+
+    def compare(self) -> dict:
+        """The record of this start. Says what differs from the run so far, or raises ValueError."""
+        before = record.read(self.folder)
+        now = record.describe(self.name, self.recipe, self.args, self.sources)
+        start = record.describe_start(self.step, self.args)
+        if self.found and before is None:
+            before = {"settings": self.found["recipe"]}
+            changes.say(["no run.json, so its start and its data cannot be compared"], self.args.rank)
+        if self.found:
+            said = changes.compare(self.folder, before, now, self.is_finished)
+            start["changes"] = said + changes.compare_versions(before, start)
+            changes.say(start["changes"], self.args.rank)
+        # What a resumed run started from stays as it was.
+        before = before or {}
+        kept = ("name", "start", "tokenizer") if self.found else ("name",)
+        return now | {key: before[key] for key in kept if key in before} | {
+            "starts": [*before.get("starts", []), start]}
 
     def start(self) -> tuple:
         """-> model, optimizer and EMA, in the state of the checkpoint if there is one."""
         recipe, found = self.recipe, self.found
         if found:
-            self.compare_recipes(found["recipe"])
             self.model = model_from_checkpoint(found, "model")
         else:
             self.model = first_model(self.name, recipe, self.args)
+        check_size(recipe, self.model.config)
         self.model.tokenizer = self.own_tokenizer()
         self.model.grad_scale = recipe.grad_scale
         self.model.to(self.args.device).train()
@@ -115,73 +122,89 @@ class Run:
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.ema = EMA(trainable, recipe.ema)
         if found:
-            load_state(self.optimizer, found["optimizer"])
+            # A copy: torch would go on using the mapped file, whose space is needed after it is deleted.
+            load_state(self.optimizer, copy.deepcopy(found["optimizer"]))
             for name, weight in self.ema.weights.items():
                 weight.copy_(found["model_ema"][name])
         self.found = None                                                   # closes the memory-mapped file
+        self.dataset = self.make_dataset()
+        if self.args.rank == 0:
+            record.write(self.folder, self.record, self.args.mixture)
         return self.model, self.optimizer, self.ema
 
-    def compare_recipes(self, before):
-        """Warn of settings that differ from those before. Raises ValueError if other parts are trained."""
-        now = settings(self.recipe)
-        if set(before["lr"]) != set(now["lr"]):
-            raise ValueError(f"{self.folder}: the run has trained {', '.join(sorted(before['lr']))} so far; "
-                             "another choice needs another --runs")
-        changed = [key for key in now if before.get(key) != now[key]]
-        if changed and self.args.rank == 0:
-            message = ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed)
-            if DATA_SETTINGS & set(changed):
-                message += "; from here the data come in another order than in one run"
-            print(f"warning: the run goes on with {message}", file=sys.stderr)
+    def check_tokenizer(self):
+        """Raises ValueError unless the tokenizer beside the checkpoints is that of run and command."""
+        file = self.folder / "tokenizer.json"
+        if not file.exists():
+            raise ValueError(f"{file}: no such file, but this run has trained with it; put it back, or that "
+                             "of an exported model")
+        own = load_tokenizer(file)
+        if self.record.get("tokenizer", digest(own)) != digest(own):
+            raise ValueError(f"{file}: not the tokenizer that this run has trained with; put that back")
+        asked = self.args.tokenizer
+        if asked and digest(load_tokenizer(asked)) != digest(own):
+            raise ValueError(f"--tokenizer {asked}: {self.folder} has another; leave the flag out to go on, "
+                             "or give another --runs")
 
     def own_tokenizer(self):
         """The tokenizer beside the run's checkpoints. Rank 0 puts it there when the run begins."""
         file = self.folder / "tokenizer.json"
         if self.args.rank == 0 and not self.found:
-            with checkpoints.atomic_write(file) as temporary:
-                first_tokenizer(self.model, self.args).save(temporary)
+            checkpoints.write_tokenizer(file, first_tokenizer(self.model, self.args))
         barrier()
         if not file.exists():
             raise ValueError(f"{file}: process {self.args.rank} does not see this file of process 0; --runs "
                              "must be a folder that all nodes share")
-        return load_tokenizer(file, self.model.config.llm.vocab_size)
+        tokenizer = load_tokenizer(file, self.model.config.llm.vocab_size)
+        self.record["tokenizer"] = digest(tokenizer)
+        return tokenizer
+
+    def make_dataset(self):
+        """The micro-batches by number. Raises ValueError for latents of another VAE."""
+        model, recipe, args = self.model, self.recipe, self.args
+        sources = self.sources if args.mixture else with_latents(model, self.sources, recipe, args)
+        for source in sources:
+            if source.latents is not None:
+                source.latents.check(model.encode, recipe.size)
+        fit = Fit.of(model, recipe.size, recipe.max_length)
+        return MixtureDataset(sources, recipe.ratio, recipe.micro_batch, recipe.size, recipe.seed, fit)
+
+    def last_path(self) -> Path:
+        """The last checkpoint's."""
+        return checkpoints_of(self.folder)[-1]
+
+    def say_finished(self) -> Path:
+        if self.args.rank == 0:
+            print(f"{self.folder}: finished, {self.step} steps; another --runs trains anew", file=sys.stderr)
+        return self.last_path()
 
     def save(self, step):
-        """Write the checkpoint after `step` steps; keep the newest two. Raises OSError on a full disk."""
+        """Write the checkpoint after `step` steps. Raises OSError or ValueError as `write_checkpoint`."""
         content = {
             "format": FORMAT, "step": step, "config": self.model.config.to_json(),
             "recipe": settings(self.recipe), "model": self.model.state_dict(),
             "model_ema": self.ema.state_dict(self.model), "optimizer": self.optimizer.state_dict(),
         }
-        for unfinished in self.folder.glob(".step-*.pt"):                   # a kill left it
-            unfinished.unlink()
-        try:
-            with checkpoints.atomic_write(self.folder / f"step-{step:06d}.pt") as temporary:
-                torch.save(content, temporary)
-        except (RuntimeError, OSError) as error:                            # torch does not name the disk
-            last = (checkpoints_of(self.folder) or ["none"])[-1]
-            raise OSError(
-                f"the checkpoint of step {step} could not be written to {self.folder}; is the disk full? "
-                f"({error}) The last one is {last}, and the same command goes on from it") from None
-        for old in checkpoints_of(self.folder)[:-2]:
-            old.unlink()
+        if step == self.recipe.steps and "reconstruct" in self.recipe.ratio:
+            # Before it is saved, so that a run with all its steps lacks nothing.
+            vae = model_from_checkpoint(content).vae
+            content["config"]["vae_scale"] = latent_scale(vae, self.dataset)
+        write_checkpoint(self.folder, step, content)
 
 
 # ---- the start of a new run --------------------------------------------------------------------------------
 
 def first_model(name, recipe, args) -> Harmon:
     """The model of --init or of the recipe before, or one made of components and random weights."""
+    if args.init and checkpoints_of(args.init):
+        refuse_unused(args, "init", "init_llm", "init_mar", "config", "vae")
+        return model_of_run(Path(args.init))
     if args.init:
+        refuse_unused(args, "init", "init_llm", "init_mar", "config")
         return Harmon.from_pretrained(args.init, vae=args.vae, device="cpu", dtype=torch.float32)
     if recipe.after and not args.init_llm:
-        before = args.runs / recipe.after
-        found = last_checkpoint(before)
-        if found is None:
-            raise FileNotFoundError(f"{before}: no checkpoint; {name} starts from {recipe.after}, which must "
-                                    "run first, or from --init")
-        model = model_from_checkpoint(found[1])
-        model.tokenizer = load_tokenizer(before, model.config.llm.vocab_size)
-        return model
+        refuse_unused(args, None, "init_mar", "config", "vae")
+        return model_of_run(args.runs / recipe.after, wanted_by=name)
     if not recipe.from_scratch and not (args.init_llm and args.init_mar and args.vae and args.config):
         raise ValueError(f"{name} starts from trained weights: give --init, a Harmon model, or --init-llm, "
                          "--init-mar, --vae and --config")
@@ -198,6 +221,32 @@ def first_model(name, recipe, args) -> Harmon:
     return model
 
 
+def refuse_unused(args, used, *others):
+    """Raises ValueError if a flag is given that has no effect beside the used one."""
+    for key in others:
+        if getattr(args, key):
+            flag, reason = f"--{key.replace('_', '-')}", "without --init or --init-llm"
+            if used:
+                reason = f"beside --{used}, a whole model"
+            raise ValueError(f"{flag} {getattr(args, key)} has no effect {reason}; leave it out")
+
+
+def model_of_run(folder, wanted_by=None) -> Harmon:
+    """The averaged weights of a run's last checkpoint. wanted_by: a recipe, for which it must be finished."""
+    found = last_checkpoint(folder)
+    if found is None:
+        raise FileNotFoundError(f"{folder}: no checkpoint; {wanted_by} starts from {folder.name}, which must "
+                                "run first, or from --init")
+    _, content = found
+    steps = content["recipe"]["steps"]
+    if wanted_by and content["step"] < steps:
+        raise ValueError(f"{folder}: {content['step']} of {steps} steps are done, {wanted_by} needs all; "
+                         f"--init {folder} starts from it as it is")
+    model = model_from_checkpoint(content)
+    model.tokenizer = load_tokenizer(folder, model.config.llm.vocab_size)
+    return model
+
+
 def first_tokenizer(model, args):
     """That of --tokenizer, --init-llm, --init or the recipe before, else one trained on the shapes world."""
     vocab_size = model.config.llm.vocab_size
@@ -208,69 +257,44 @@ def first_tokenizer(model, args):
     return model.tokenizer or train_tokenizer(vocab_size)
 
 
-def open_sources(model, recipe, args) -> list:
-    """The sources of --mixture, else of the shapes world. Raises ValueError for latents of another VAE."""
-    sources = open_mixture(args.mixture) if args.mixture else shapes_world(model, recipe, args)
-    for source in sources:
-        if source.latents is not None:
-            source.latents.check(model.encode, recipe.size)
-    return sources
+def digest(tokenizer) -> str:
+    """8 hexadecimal digits that tell tokenizers apart."""
+    return f"{zlib.crc32(tokenizer.to_str().encode()):08x}"
 
 
-def shapes_world(model, recipe, args) -> list:
-    """A source for each task of the recipe. The latents are computed once and kept beside the runs."""
+# ---- the shapes world --------------------------------------------------------------------------------------
+
+def shapes_source(task, recipe) -> Source:
+    """The data of a task where there is no mixture."""
+    kind = "shapes-text" if task == "text" else "shapes"
+    samples = open_source(kind, seed=f"train-{recipe.seed}", count=recipe.tiny.scenes)
+    return Source(kind, task, 1, samples)
+
+
+def with_latents(model, sources, recipe, args) -> list:
+    """The sources of the shapes world with latents, computed once and kept beside the runs."""
     folder = args.runs / f"latents-{recipe.seed}-{recipe.tiny.scenes}"
-    sources = []
-    for task in recipe.ratio:
-        kind = "shapes-text" if task == "text" else "shapes"
-        samples = open_source(kind, seed=f"train-{recipe.seed}", count=recipe.tiny.scenes)
-        source = Source(kind, task, 1, samples)
-        if task not in ("text", "reconstruct"):
+    opened = []
+    for source in sources:
+        if source.task not in ("text", "reconstruct"):
             cache_latents(model.encode, source, folder, recipe.size, crops=0,
                           rank=args.rank, world_size=args.world_size)
             barrier()
             source = replace(source, latents=LatentCache(folder))
-        sources.append(source)
-    return sources
+        opened.append(source)
+    return opened
 
 
 # ---- at the end --------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def set_latent_scale(folder, dataset, count=125):
-    """Write vae_scale = 1 / standard deviation of `count` micro-batches' latents into the checkpoint."""
-    path, content = last_checkpoint(folder)
-    vae = model_from_checkpoint(content).vae
+def latent_scale(vae, dataset, count=125) -> float:
+    """1 / standard deviation of the latents of the first `count` micro-batches."""
     latents = [vae.encode(dataset[number]["pixels"]).mode() for number in range(count)]
-    content["config"]["vae_scale"] = round(1 / torch.cat(latents).std().item(), 4)
-    with checkpoints.atomic_write(path) as temporary:
-        torch.save(content, temporary)
+    return round(1 / torch.cat(latents).std().item(), 4)
 
 
 def export(folder, target):
     """Write the EMA weights of a run's last checkpoint as a model folder, in half precision."""
-    model = model_from_checkpoint(last_checkpoint(folder)[1])
-    model.tokenizer = load_tokenizer(folder)
+    model = model_of_run(folder)
     model.save_pretrained(target, dtype=torch.float16)
-
-
-# ---- signals -----------------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def collect_signals():
-    """In this block SIGINT and SIGTERM do not end the process. They go into the list that the block gets."""
-    received = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in before:
-            signal.signal(number, lambda number, _: received.append(number))
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def ignore_signals(_):
-    """For processes that read data: a signal goes to the whole group, and the run still ends its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.setpgrp()
