@@ -2,6 +2,7 @@
 # make lab         JupyterLab in notebooks/
 # make check       lint, and the fast tests: under a minute
 # make test        all tests
+# make faults      kill runs, damage their files, change their data and flags; print `N passed, N failed`
 # make notebooks   run all notebooks and compare their key numbers; NOTEBOOKS=--write keeps the new outputs
 # make mutants     plant mistakes one by one and name the tests that catch each
 #
@@ -18,7 +19,7 @@ FAST = architecture chat_template config devices diffusion_head harmon images la
        optim pipeline recipes show sources vae world
 FAST_TESTS = $(FAST:%=tests/test_%.py)
 
-.PHONY: demo lab lint check test notebooks mutants clean
+.PHONY: demo lab lint check test faults notebooks mutants clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/python -m harmonkit.scripts.demo
@@ -34,6 +35,9 @@ check: lint
 
 test: $(VENV)/test.stamp
 	$(PYTEST) tests
+
+faults: $(VENV)/test.stamp
+	$(PYTEST) tests/faults
 
 notebooks: $(VENV)/test.stamp
 	$(BIN)/python notebooks/run.py $(NOTEBOOKS)

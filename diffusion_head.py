@@ -296,7 +296,7 @@ class DiffusionHead(nn.Module):
         each step. noise_fn(shape) -> tensor gives every Gaussian draw: the start (M, C), then, for the
         ancestral solver, one for each step but the last. solver: a name in SOLVERS; ddim and dpm++ add no
         noise. num_sampling_steps: default the constructor's. Raises ValueError for an unknown solver or
-        number of steps.
+        number of steps, and where NaN or infinity come out.
         """
         check_solver(solver, temperature)
         guided = cfg != 1
@@ -308,7 +308,9 @@ class DiffusionHead(nn.Module):
 
         def predict(x, i):
             """x_t (M, C) at step i -> the predicted x_0 and the variance mix v, both (M, C)."""
-            eps, v = denoise(torch.cat([x, x]) if guided else x, i).float().chunk(2, dim=1)
+            out = denoise(torch.cat([x, x]) if guided else x, i).float()
+            # Infinity becomes NaN, because the clamp below and exp would hide it.
+            eps, v = out.nan_to_num(math.nan, math.nan, math.nan).chunk(2, dim=1)
             if guided:
                 # Guidance changes ε only; v is the conditional rows' (2207.12598).
                 cond_eps, uncond_eps = eps.chunk(2)
@@ -324,7 +326,11 @@ class DiffusionHead(nn.Module):
             if noise_fn is None:
                 return torch.randn(shape, device=z.device, dtype=torch.float32)
             return noise_fn(shape).to(z.device, torch.float32)
-        return SOLVERS[solver](predict, diffusion, draw_noise, temperature)
+        x = SOLVERS[solver](predict, diffusion, draw_noise, temperature)
+        if not x.isfinite().all():
+            raise ValueError("the drawn tokens are not finite: the weights hold NaN or infinity, "
+                             "or the dtype overflows")
+        return x
 
     def denoiser(self, z, timesteps):
         """The network under conditions z: (x (M, C), step i) -> (M, 2C), to be called for i = S - 1 … 0."""

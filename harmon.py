@@ -60,10 +60,18 @@ class Harmon(nn.Module):
         return z.permute(0, 2, 3, 1) * self.config.vae_scale
 
     def decode(self, latents):
-        """latents (B, h, w, C) -> pixels (B, 3, s·h, s·w), about in [-1, 1]."""
+        """latents (B, h, w, C) -> pixels (B, 3, s·h, s·w), about in [-1, 1]. Raises ValueError for NaN and
+        infinity.
+        """
+        pipeline.check_attention(self)
         z = (latents / self.config.vae_scale).permute(0, 3, 1, 2).to(self.dtype)
         # One at a time: it bounds the memory, and no image depends on its batch.
-        return torch.cat([self.vae.decode(part) for part in z.split(1)])
+        pixels = torch.cat([self.vae.decode(part) for part in z.split(1)])
+        with pipeline.naming_the_weight(self):
+            if not pixels.isfinite().all():
+                raise ValueError("the pixels are not finite: the weights hold NaN or infinity, "
+                                 "or the dtype overflows")
+        return pixels
 
     # ---- the three parts of a pass: see, think, draw ---------------------------------------------
 
@@ -140,10 +148,11 @@ class Harmon(nn.Module):
                 weight = settings.guidance(num_masked, num_tokens)
                 if weight == 1:
                     z = z[:B * count]                                       # conditional rows only
-                drawn = self.mar.diffloss.sample(
-                    z, temperature=settings.temperature, cfg=weight, solver=settings.solver,
-                    noise_fn=randomness.noise(B, count, C, S, self.device),
-                    num_sampling_steps=settings.num_sampling_steps)
+                with pipeline.naming_the_weight(self):
+                    drawn = self.mar.diffloss.sample(
+                        z, temperature=settings.temperature, cfg=weight, solver=settings.solver,
+                        noise_fn=randomness.noise(B, count, C, S, self.device),
+                        num_sampling_steps=settings.num_sampling_steps)
                 tokens = tokens.clone()
                 tokens[new] = drawn
             mask = next_mask
@@ -156,9 +165,11 @@ class Harmon(nn.Module):
         settings: fields of Sampling. grid (h, w): default the native one. canvas: latents (B, h, w, C) and
         mask (B, N) to start from; default all is masked. generator, orders, noise_fn: see Randomness.
         on_step(k, tokens (B, h, w, C), mask (B, N)) is called after step k = 1 … K.
-        Raises ValueError for settings outside their ranges, and for an odd batch with guidance.
+        Raises ValueError for settings outside their ranges, for an odd batch with guidance, and for weights
+        that are not finite.
         """
         settings = Sampling(**settings)
+        pipeline.check_attention(self)
         rows, halves = len(input_ids), 1 if settings.cfg == 1 else 2
         if rows % halves:
             raise ValueError(f"with guidance the batch is [conditional; unconditional]; {rows} rows are odd")

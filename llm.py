@@ -203,13 +203,19 @@ class Qwen2(nn.Module):
         """
         cache = KVCache()
         hidden_states = self(inputs_embeds=inputs_embeds, cache=cache)
-        if not hidden_states[:, -1].isfinite().all():
-            raise ValueError("the language model's output is not finite: the weights hold NaN or infinity, "
-                             "or the dtype overflows")
         for i in range(max_new_tokens):
-            token = self.logits(hidden_states[:, -1]).argmax(dim=-1)        # (1,)
+            token = most_likely(self.logits(hidden_states[:, -1]))          # (1,)
             if token.item() == eos_token_id:
                 return
             yield token.item()
             if i + 1 < max_new_tokens:
                 hidden_states = self(token[:, None], cache=cache)
+
+
+def most_likely(logits):
+    """Logits (B, vocab) -> the token of each row's largest, (B,). Raises ValueError for NaN and infinity."""
+    # argmax would take NaN for the largest. The extremes show both, sooner than isfinite() of all.
+    if not torch.stack(logits.aminmax()).isfinite().all():
+        raise ValueError("the language model's output is not finite: the weights hold NaN or infinity, "
+                         "or the dtype overflows")
+    return logits.argmax(dim=-1)

@@ -1,6 +1,7 @@
 """From text to images and from images to text, around the model's tensors. The model is an argument."""
 import bisect
 import numbers
+import re
 from contextlib import contextmanager
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 
 from harmonkit import inpainting
 from harmonkit.chat_template import END, GENERATE, UNCONDITIONAL, pad, prompt_ids
+from harmonkit.checkpoints import first_not_finite, is_finite
 from harmonkit.images import image_to_pixels, pad_to_square, pixels_to_images
-from llm import KVCache
+from llm import KVCache, most_likely
 
 PROMPT_BLOCK = 32                   # prompts are padded to whole blocks, see repeatable.py
 CONTEXT_LENGTH = 32_768             # tokens with which Qwen2.5 was trained
@@ -39,6 +41,31 @@ def evaluation_mode(model):
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def naming_the_weight(model):
+    """A ValueError in this block, of an output that is not finite, names the first such weight too."""
+    try:
+        yield
+    except ValueError as error:
+        name = first_not_finite(model.state_dict())
+        if name is None:
+            raise
+        raise ValueError(f"{error}; here it is the weight {name}") from None
+
+
+def check_attention(model):
+    """Raise ValueError for weights of queries and keys that are not finite, in MAR and the VAE.
+
+    On a CPU, torch's attention without a mask may turn NaN there into finite numbers. All other weights that
+    are not finite show in the output.
+    """
+    with naming_the_weight(model):
+        for name, p in model.named_parameters():
+            is_hidden = name.startswith(("mar.", "vae.")) and re.search(r"\.(qkv|q|k)\.", name)
+            if is_hidden and not p.is_mkldnn and not is_finite(p):
+                raise ValueError("the attention is not finite: the weights hold NaN or infinity")
 
 
 # ---- text -> images ------------------------------------------------------------------------------
@@ -160,13 +187,14 @@ def chat(model, question, image=None, *, history=(), max_new_tokens=1024, size=N
     image: a PIL image, a path or an array, see `images.as_image`. history: earlier (question, answer) pairs,
     or {role, content} dicts. size: pixels to which the image is resized, default the native size. max_length:
     tokens of prompt and answer together; the oldest turns of a longer history are left out. Raises ValueError
-    for an empty question, or one that leaves no room for the answer.
+    for an empty question, one that leaves no room for the answer, or weights that are not finite.
     """
     if not isinstance(question, str) or not question.strip():
         raise ValueError("the question is empty")
     with evaluation_mode(model):
         z_enc = None
         if image is not None:
+            check_attention(model)
             h, w = token_grid(model, size)
             s = model.config.vae.stride
             pixels = image_to_pixels(pad_to_square(image), (h * s, w * s))
@@ -179,12 +207,13 @@ def chat(model, question, image=None, *, history=(), max_new_tokens=1024, size=N
 
         answer, text = [], ""
         end = model.tokenizer.token_to_id(END)
-        for token in model.llm.generate(embeds, max_new_tokens=max_new_tokens, eos_token_id=end):
-            answer.append(token)
-            longer_text = model.tokenizer.decode(answer)
-            if not longer_text.endswith("\ufffd"):      # one character may take several tokens
-                yield longer_text[len(text):]
-                text = longer_text
+        with naming_the_weight(model):
+            for token in model.llm.generate(embeds, max_new_tokens=max_new_tokens, eos_token_id=end):
+                answer.append(token)
+                longer_text = model.tokenizer.decode(answer)
+                if not longer_text.endswith("\ufffd"):  # one character may take several tokens
+                    yield longer_text[len(text):]
+                    text = longer_text
 
 
 @torch.no_grad()
@@ -192,19 +221,17 @@ def generate_batch(llm, inputs_embeds, attention_mask, *, max_new_tokens, eos_to
     """Greedy decoding of prompts of different lengths: B lists of token ids, without eos.
 
     inputs_embeds (B, L, H), padded on the right; attention_mask (B, L) bool, True = real. Each row's
-    result equals that of `Qwen2.generate`.
+    result equals that of `Qwen2.generate`. Raises ValueError for weights that are not finite.
     """
     B = len(inputs_embeds)
     cache = KVCache()
     hidden_states = llm(inputs_embeds=inputs_embeds, attention_mask=attention_mask, cache=cache)
     last = attention_mask.sum(dim=1) - 1                # (B,) each row's last real position
     hidden_states = hidden_states[torch.arange(B, device=last.device), last]            # (B, H)
-    if not hidden_states.isfinite().all():
-        raise ValueError("the language model's output is not finite: the weights hold NaN or infinity, "
-                         "or the dtype overflows")
     tokens = []
     for _ in range(max_new_tokens):
-        tokens.append(llm.logits(hidden_states).argmax(dim=-1))                         # (B,)
+        with naming_the_weight(llm):
+            tokens.append(most_likely(llm.logits(hidden_states)))                       # (B,)
         if (torch.stack(tokens) == eos_token_id).any(dim=0).all() or len(tokens) == max_new_tokens:
             break
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(B, 1)], dim=1)

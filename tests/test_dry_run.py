@@ -3,15 +3,18 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import SMALL
 
+from harmon import Harmon, HarmonConfig
 from harmonkit.training.dry_run import activation_bytes, dry_run
 from harmonkit.training.recipes import RECIPES
 
 
-def output(capsys, name, world_size=1, config=None, **changes):
+def output(capsys, name, world_size=1, config=None, init=None, mixture=None, **changes):
     recipe = replace(RECIPES[name], **changes)
-    dry_run(name, recipe, SimpleNamespace(config=config, init=None, world_size=world_size))
+    args = SimpleNamespace(config=config, init=init, mixture=mixture, world_size=world_size)
+    dry_run(name, recipe, args)
     return capsys.readouterr().out
 
 
@@ -45,6 +48,38 @@ def test_sizes_come_from_the_flag_or_the_recipe(capsys):
 def test_a_batch_that_cannot_be_shared_is_named(capsys):
     with pytest.raises(ValueError, match="a batch of 1024 is no multiple of 3 processes"):
         output(capsys, "stage3", world_size=3)
+
+
+def test_the_model_of_init_is_a_folder_a_file_or_a_run(capsys, small, tmp_path):
+    small.save_pretrained(tmp_path / "folder")
+    (tmp_path / "run").mkdir()
+    torch.save({"config": SMALL.to_json()}, tmp_path / "run" / "step-000010.pt")
+    millions = sum(p.numel() for p in small.llm.parameters()) / 1e6
+    for init in ("folder", "run"):
+        out = output(capsys, "finetune", init=str(tmp_path / init))
+        assert f"llm          {millions:9.1f} M parameters" in out
+    with torch.device("meta"):
+        model = Harmon(HarmonConfig.from_name("harmon-0.5b"))
+    # These two tell the size. As expanded views they take no room in the file.
+    names = ("llm.model.embed_tokens.weight", "mar.z_proj.weight")
+    shapes = [model.get_parameter(name).shape for name in names]
+    state = {name: torch.zeros(1).expand(shape) for name, shape in zip(names, shapes)}
+    torch.save(state, tmp_path / "harmon.pth")
+    assert "llm              494.0 M" in output(capsys, "finetune", init=str(tmp_path / "harmon.pth"))
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"size": 60}, "--size is 60; expected a multiple of 16, the VAE's stride"),
+    ({"init": "nowhere.pth"}, "nowhere.pth: no such file or folder"),
+    ({"mixture": "nowhere.json"}, "nowhere.json: no such file"),
+    ({"mixture": "texts.json"}, "text2image"),
+])
+def test_what_the_run_would_refuse_is_refused(capsys, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.json").write_text('[{"path": "shapes-text", "task": "text"}]')
+    with pytest.raises((ValueError, OSError), match=message):
+        output(capsys, "finetune", **options)
+    assert capsys.readouterr().out == ""
 
 
 def test_activations_by_hand():

@@ -1,16 +1,39 @@
 """`python train.py RECIPE --dry-run`: what a recipe trains, at which rates, in how much memory."""
 import torch
 
-from harmon import Harmon
+from harmon import Harmon, HarmonConfig
 from harmonkit.checkpoints import find_config
+from harmonkit.config import infer_config
+from harmonkit.data.mixture import open_mixture
+from harmonkit.data.order import source_shares
+from harmonkit.training.checkpoint_files import checkpoints_of, read_checkpoint
 from harmonkit.training.optim import PARTS, parameter_groups, part_of
-from harmonkit.training.recipes import accumulation
+from harmonkit.training.recipes import accumulation, check_size
+from harmonkit.weight_files import find_model, read
+
+
+def config_of(recipe, args) -> HarmonConfig:
+    """The sizes of the model that the command would train. Raises ValueError or OSError."""
+    if args.config or not args.init:
+        return find_config(args.config or recipe.from_scratch or "harmon-1.5b")
+    if checkpoints_of(args.init):
+        newest = checkpoints_of(args.init)[-1]
+        return HarmonConfig.from_json(read_checkpoint(newest)["config"], newest)
+    path = find_model(args.init)
+    return find_config(args.init) if path.is_dir() else infer_config(read(path), path)
 
 
 def dry_run(name, recipe, args):
-    """Print the recipe called `name`. args: of train.py. Raises ValueError where `accumulation` does."""
+    """Print the recipe called `name`. args: of train.py.
+
+    Raises ValueError or OSError where the run would, before it loads weights.
+    """
+    config = config_of(recipe, args)
+    check_size(recipe, config)
+    if args.mixture:
+        source_shares(open_mixture(args.mixture), recipe.ratio)
     with torch.device("meta"):
-        model = Harmon(find_config(args.config or args.init or recipe.from_scratch or "harmon-1.5b"))
+        model = Harmon(config)
     groups = parameter_groups(model, recipe)
     millions = dict.fromkeys(PARTS, 0.0)
     for parameter_name, p in model.named_parameters():

@@ -96,13 +96,14 @@ def blocks_of(model) -> list:
     return [*model.mar.encoder_blocks, *model.mar.decoder_blocks, *model.llm.model.layers]
 
 
-def wrap_blocks(model, recipe):
-    """Put the recipe's activation checkpointing and torch.compile on the blocks, in place."""
+def wrap_blocks(model, recipe, backend="inductor"):
+    """Put the recipe's torch.compile and activation checkpointing on the blocks, in place."""
     for block in blocks_of(model):
+        if recipe.compile:
+            block.forward = torch.compile(block.forward, backend=backend)
+        # Around the compiled block: of a block that calls `checkpoint` itself, torch compiles nothing.
         if recipe.checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if recipe.compile:
-            block.compile()
     if recipe.compile and "vae" in recipe.lr:
-        model.vae.encoder.compile(dynamic=False)
-        model.vae.decoder.compile(dynamic=False)
+        model.vae.encoder.compile(dynamic=False, backend=backend)
+        model.vae.decoder.compile(dynamic=False, backend=backend)

@@ -2,10 +2,13 @@
 
 A line of log.jsonl is a dictionary: step; loss by task; lr, the schedule's factor; norm of the gradient;
 samples_per_s, tokens_per_s; wait, the share of the time spent waiting for data; memory, the peak in GB;
-skipped, the steps without a finite gradient; unusable, the skipped samples; seconds since the start.
+skipped, the steps without a finite gradient; unusable, the skipped samples, and cut, those that lost tokens
+to --max-length, both of all processes since the start or resume; seconds since then.
 """
 import contextlib
+import io
 import json
+import os
 import resource
 import sys
 import time
@@ -17,11 +20,12 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
+from harmonkit.chat_template import IGNORE_INDEX
 from harmonkit.data.mixture import DESCRIBE
 from mar import Sampling
 
 EVERY = 25                        # steps from one line of the log to the next
-SHOWN = ("lr", "norm", "samples_per_s", "tokens_per_s", "wait", "memory", "unusable")
+SHOWN = ("lr", "norm", "samples_per_s", "tokens_per_s", "wait", "memory", "unusable", "cut")
 PROMPTS = ["a red circle", "three blue stars", "a green square to the left of a yellow triangle",
            "two purple crosses"]
 QUESTION = DESCRIBE
@@ -34,6 +38,16 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def open_to_append(path):
+    """A text file to which lines are appended, after the end of a line that a kill cut off."""
+    file = open(path, "a+b")
+    if file.tell():
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return io.TextIOWrapper(file, encoding="utf-8")
 
 
 class Monitor:
@@ -51,7 +65,7 @@ class Monitor:
         self.log = self.board = None
         if rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.log = open(self.folder / "log.jsonl", "a")
+            self.log = open_to_append(self.folder / "log.jsonl")
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(self.folder)
@@ -73,15 +87,20 @@ class Monitor:
 
     def micro_batch(self, task, inputs, loss):
         """inputs: the arguments of the loss."""
-        self.losses[task].append(loss.detach())
+        # A loss of 0 because no token has a label is none. Tensors: no wait for the device here.
+        labels = inputs.get("labels")
+        is_text = labels is not None and labels.ndim == 2                   # else a class for each image
+        counts = (labels[:, 1:] != IGNORE_INDEX).any() if is_text else torch.tensor(True)
+        self.losses[task].append((loss.detach(), counts))
         self.num_samples += len(next(iter(inputs.values())))
         if "latents" in inputs:
             self.num_tokens += inputs["latents"].shape[:-1].numel()
         if "input_ids" in inputs:
             self.num_tokens += inputs["input_ids"].numel()
 
-    def step(self, step, norm, lr, finite, unusable):
-        """After `step` steps. norm: the gradient's. lr: the schedule's factor. unusable: skipped samples.
+    def step(self, step, norm, lr, finite, counts):
+        """After `step` steps. norm: the gradient's. lr: the schedule's factor. counts: of this process's
+        samples, {"unusable": number, "cut": number}; see `SampleCounts.totals`.
 
         Raises ValueError after ten steps in a row without a finite gradient.
         """
@@ -96,14 +115,14 @@ class Monitor:
                              "goes on from the last checkpoint")
         if step % EVERY and step != self.last_step:
             return
-        loss = self.mean_losses(norm.device)
+        loss, counts = self.over_all_processes(counts, norm.device)
         seconds = time.time() - self.since
         line = {
             "step": step, "loss": loss, "lr": float(f"{lr:.4g}"), "norm": round(float(norm), 4),
             "samples_per_s": round(self.world_size * self.num_samples / seconds, 2),
             "tokens_per_s": round(self.world_size * self.num_tokens / seconds),
             "wait": round(self.waited / seconds, 3), "memory": round(peak_memory(norm.device) / 1e9, 2),
-            "skipped": self.skipped, "unusable": unusable, "seconds": round(time.time() - self.start, 1),
+            "skipped": self.skipped, **counts, "seconds": round(time.time() - self.start, 1),
         }
         shown = {f"loss/{task}": mean for task, mean in loss.items()} | {key: line[key] for key in SHOWN}
         self.bar.set_postfix(shown)
@@ -115,15 +134,19 @@ class Monitor:
                 self.board.add_scalar(key, value, step)
         self.reset()
 
-    def mean_losses(self, device):
-        """{task: mean loss over the micro-batches of all processes}, of the tasks that had any."""
-        sums = [[sum(map(float, losses)), len(losses)] for losses in self.losses.values()]
-        sums = torch.tensor(sums, dtype=torch.float64)
+    def over_all_processes(self, counts, device) -> tuple:
+        """({task: mean loss of the micro-batches with a label}, where there were any; the sums of counts)"""
+        rows = [list(counts.values())]
+        for pairs in self.losses.values():
+            labelled = [float(loss) for loss, has_labels in pairs if has_labels]
+            rows.append([sum(labelled), len(labelled)])
+        rows = torch.tensor(rows, dtype=torch.float64)                      # (1 + tasks, 2)
         if self.world_size > 1:
-            sums = sums.to(device)
-            dist.all_reduce(sums)
-        counted = zip(self.tasks, sums.tolist(), strict=True)
-        return {task: round(total / count, 6) for task, (total, count) in counted if count}
+            rows = rows.to(device)
+            dist.all_reduce(rows)
+        totals, *of_tasks = rows.tolist()
+        means = {task: round(total / count, 6) for task, (total, count) in zip(self.tasks, of_tasks) if count}
+        return means, dict(zip(counts, map(int, totals)))
 
     def say(self, text):
         tqdm.write(text, file=sys.stderr)
@@ -136,14 +159,18 @@ class Monitor:
         line = {"step": step, "prompts": PROMPTS, "question": QUESTION}
         model.eval()
         for row, kind in enumerate(("raw", "ema")):
-            images = model.generate_image(PROMPTS, size=size, **asdict(SAMPLING))
-            line[kind] = "".join(model.chat(QUESTION, images[0], max_new_tokens=32, size=size))
-            for column, image in enumerate(images):
-                page.paste(image, (column * size, row * size))
+            try:
+                images = model.generate_image(PROMPTS, size=size, **asdict(SAMPLING))
+                line[kind] = "".join(model.chat(QUESTION, images[0], max_new_tokens=32, size=size))
+                for column, image in enumerate(images):
+                    page.paste(image, (column * size, row * size))
+            except ValueError as error:                                     # an output that is not finite
+                line[kind] = None
+                self.say(f"step {step}: no samples of the {kind} weights ({error})")
             ema.swap()                                                      # the second time back
         model.train()
         page.save(folder / f"{step:06d}.png")
-        with open(folder / "answers.jsonl", "a") as file:
+        with open_to_append(folder / "answers.jsonl") as file:
             file.write(json.dumps(line) + "\n")
 
     def close(self):
@@ -158,10 +185,11 @@ def read_log(folder) -> list:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; has the run begun?")
     lines = {}
-    for text in file.read_text().splitlines():
+    for text in file.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):                               # a kill may cut a line off
             line = json.loads(text)
-            lines[line["step"]] = line
+            if isinstance(line, dict) and {"step", "loss"} <= line.keys():
+                lines[line["step"]] = line
     return [lines[step] for step in sorted(lines)]
 
 

@@ -4,7 +4,10 @@ A recipe is an entry of RECIPES. Each field is also a flag of train.py.
 """
 import argparse
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import PurePath
 
+from harmonkit.config import HARMON_SIZES, HarmonConfig
+from harmonkit.pipeline import CONTEXT_LENGTH
 from harmonkit.training.optim import PARTS
 
 
@@ -32,7 +35,7 @@ class Recipe:
     from_scratch: str = ""        # sizes of the random model it starts from; "": trained weights
     warmup: float = 0.01          # fraction of the steps; a cosine to 0 follows
     weight_decay: float = 0.02    # 0 on 1-D parameters and on the diffusion head
-    clip: float = 1.0             # largest norm of the gradient
+    clip: float = 1.0             # largest norm of the gradient; inf: no clipping
     ema: float = 0.9999           # decay of the averaged weights, which are exported
     max_length: int = 1024        # text tokens of a sample
     bf16: bool = True             # bfloat16 autocast over float32 weights
@@ -92,6 +95,85 @@ TRAINED_BY = {                    # task -> the parts of the model that its loss
 FIELDS = [field for field in fields(Recipe) if field.name != "tiny"] + list(fields(TinyRecipe))
 
 
+# ---- ranges ------------------------------------------------------------------------------------------------
+
+MOST = 10 ** 9
+
+
+def whole(low, high=MOST):
+    def is_inside(value):
+        return type(value) is int and low <= value <= high
+    return is_inside, f"a whole number from {low} to {high}"
+
+
+def number(words, is_inside):
+    def is_number(value):
+        return type(value) in (int, float) and is_inside(value)             # nan is in no range
+    return is_number, f"a number {words}"
+
+
+ABOVE_0 = number("above 0, up to 1e9", lambda x: 0 < x <= MOST)
+FROM_0 = number("from 0 to 1e9", lambda x: 0 <= x <= MOST)
+FRACTION = number("from 0 to 1", lambda x: 0 <= x <= 1)
+BELOW_1 = number("from 0 to below 1", lambda x: 0 <= x < 1)
+ABOVE_0_OR_INF = number("above 0; inf is no clipping", lambda x: x > 0)
+TRUE_OR_FALSE = (lambda value: type(value) is bool), "true or false"
+
+
+def named(known):
+    """{name: number}, the names among `known`."""
+    def is_inside(value):
+        is_named = isinstance(value, dict) and bool(value) and set(value) <= set(known)
+        return is_named and all(map(ABOVE_0[0], value.values()))
+    return is_inside, f"NAME=X,… with names of {', '.join(known)} and numbers above 0, up to 1e9"
+
+
+def is_run(name) -> bool:
+    """Whether `name` can be that of a run: a path below --runs, or ""."""
+    path = PurePath(name) if isinstance(name, str) else PurePath("/")
+    return "\0" not in str(path) and not path.is_absolute() and ".." not in path.parts
+
+
+RANGES = {                        # field -> (whether a value is inside, the range in words)
+    "ratio": named(TRAINED_BY), "lr": named(PARTS),
+    "steps": whole(1), "batch": whole(1), "micro_batch": whole(1), "size": whole(1, 8192),
+    "after": (is_run, "the name of a run, a folder in --runs"),
+    "from_scratch": (("", *HARMON_SIZES).__contains__, f"one of {', '.join(HARMON_SIZES)}"),
+    "warmup": FRACTION, "weight_decay": FROM_0, "clip": ABOVE_0_OR_INF, "ema": BELOW_1,
+    "max_length": whole(1, CONTEXT_LENGTH), "bf16": TRUE_OR_FALSE, "checkpointing": TRUE_OR_FALSE,
+    "compile": TRUE_OR_FALSE, "seed": whole(-2 ** 62, 2 ** 62), "save_every": whole(1),
+    "sample_every": whole(0), "grad_scale": FROM_0,
+    "scenes": whole(1), "kl": FROM_0, "free_nats": FROM_0, "local": FROM_0, "all_hidden": FRACTION,
+    "cosine_mask": TRUE_OR_FALSE, "muon": TRUE_OR_FALSE,
+}
+
+
+def check(recipe):
+    """Raise ValueError that names the flag of the first field outside its range."""
+    for name, value in settings(recipe).items():
+        is_inside, words = RANGES[name]
+        if not is_inside(value):
+            raise ValueError(f"{flag_of(name)} is {shown(value)}; expected {words}")
+
+
+def check_size(recipe, config):
+    """Raise ValueError unless a model of this HarmonConfig has a grid for images of the recipe's size."""
+    if recipe.size % config.vae.stride:
+        raise ValueError(f"--size is {recipe.size}; expected a multiple of {config.vae.stride}, the VAE's "
+                         "stride")
+
+
+def flag_of(field) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
+def shown(value) -> str:
+    """A field's value as its flag takes it."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={number}" for name, number in value.items()) or "empty"
+    return repr(value)
+
+
 # ---- reading and changing recipes --------------------------------------------------------------------------
 
 def settings(recipe) -> dict:
@@ -121,7 +203,7 @@ def add_flags(parser):
     parse = {bool: true_or_false, dict: named_numbers}
     metavar = {bool: "true|false", dict: "NAME=X,…"}
     for field in FIELDS:
-        parser.add_argument(f"--{field.name.replace('_', '-')}", help="override the recipe's value",
+        parser.add_argument(flag_of(field.name), help="override the recipe's value",
                             type=parse.get(field.type, field.type),
                             metavar=metavar.get(field.type, field.type.__name__))
 
@@ -134,8 +216,19 @@ def true_or_false(text):
 
 def named_numbers(text):
     """"a=1,b=2" -> {"a": 1.0, "b": 2.0}"""
-    pairs = [pair.split("=") for pair in text.split(",")]
-    return {name: float(number) for name, number in pairs}
+    numbers = {}
+    for pair in text.split(","):
+        name, equals, number = pair.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = None
+        if not name or not equals or value is None:
+            raise argparse.ArgumentTypeError(f"{pair!r} is not NAME=NUMBER")
+        if name in numbers:
+            raise argparse.ArgumentTypeError(f"{name} is given twice, as {numbers[name]:g} and {value:g}")
+        numbers[name] = value
+    return numbers
 
 
 def override(name, recipe, args) -> Recipe:
@@ -146,14 +239,9 @@ def override(name, recipe, args) -> Recipe:
         if args.only not in recipe.lr:
             raise ValueError(f"--only {args.only}: {name} trains {', '.join(recipe.lr)}")
         recipe = replace(recipe, lr={args.only: recipe.lr[args.only]})
-    for key, known in (("ratio", TRAINED_BY), ("lr", PARTS)):
-        for item, number in getattr(recipe, key).items():
-            if item not in known or number <= 0:
-                raise ValueError(f"--{key}: {item!r} must be one of {', '.join(known)}, its number above 0")
-    at_least_1 = (recipe.steps, recipe.batch, recipe.micro_batch, recipe.size, recipe.save_every)
-    if min(at_least_1) < 1 or recipe.sample_every < 0:
-        raise ValueError("steps, batch, micro-batch, size and save-every must be at least 1, "
-                         "sample-every at least 0")
+    check(recipe)
+    if recipe.from_scratch and not args.init and not args.config:
+        check_size(recipe, HarmonConfig.from_name(recipe.from_scratch))
     # A task that uses frozen parts only has no gradient.
     ratio = {task: part for task, part in recipe.ratio.items() if TRAINED_BY[task] & set(recipe.lr)}
     if not ratio:
