@@ -96,7 +96,7 @@ WRONG = {                         # field -> texts that its flag refuses
     "lr": (*(f"llm={value}" for value in NOT_ABOVE_0), "head=1", "llm=1e-3,llms=1"),
     "steps": NOT_FROM_1, "batch": NOT_FROM_1, "micro_batch": NOT_FROM_1, "save_every": NOT_FROM_1,
     "scenes": NOT_FROM_1, "size": (*NOT_FROM_1, "16384"), "max_length": (*NOT_FROM_1, "32769"),
-    "sample_every": ("-1", "1000000001"), "seed": ("9" * 30, str(-2 ** 62 - 1)),
+    "sample_every": ("-1", "1000000001"), "seed": ("9" * 30, "-1"),
     "after": ("../elsewhere", "/runs/tiny-llm", "a/../../b"), "from_scratch": ("harmon-7b", "tiny", "None"),
     "warmup": OUTSIDE_0_TO_1, "all_hidden": OUTSIDE_0_TO_1, "ema": (*OUTSIDE_0_TO_1, "1", "2"),
     "clip": ("nan", "-inf", "0", "-1"),
@@ -123,7 +123,7 @@ def test_values_outside_their_range_are_refused_by_flag(name, text):
 @pytest.mark.parametrize("name, text", [
     ("clip", "inf"), ("warmup", "0"), ("warmup", "1"), ("ema", "0"), ("ema", "0.99999"), ("max_length", "1"),
     ("max_length", "32768"), ("weight_decay", "0"), ("kl", "0"), ("grad_scale", "0"), ("sample_every", "0"),
-    ("all_hidden", "1"), ("seed", "-3"), ("steps", "1"), ("after", "ablate/loss/0-joint"), ("after", "")])
+    ("all_hidden", "1"), ("seed", "3"), ("steps", "1"), ("after", "ablate/loss/0-joint"), ("after", "")])
 def test_the_ends_of_ranges_are_inside(name, text):
     assert str(settings(overridden("stage2", f"{flag_of(name)}={text}"))[name]).removesuffix(".0") == text
 

@@ -141,7 +141,7 @@ RANGES = {                        # field -> (whether a value is inside, the ran
     "from_scratch": (("", *HARMON_SIZES).__contains__, f"one of {', '.join(HARMON_SIZES)}"),
     "warmup": FRACTION, "weight_decay": FROM_0, "clip": ABOVE_0_OR_INF, "ema": BELOW_1,
     "max_length": whole(1, CONTEXT_LENGTH), "bf16": TRUE_OR_FALSE, "checkpointing": TRUE_OR_FALSE,
-    "compile": TRUE_OR_FALSE, "seed": whole(-2 ** 62, 2 ** 62), "save_every": whole(1),
+    "compile": TRUE_OR_FALSE, "seed": whole(0, 2 ** 62), "save_every": whole(1),
     "sample_every": whole(0), "grad_scale": FROM_0,
     "scenes": whole(1), "kl": FROM_0, "free_nats": FROM_0, "local": FROM_0, "all_hidden": FRACTION,
     "cosine_mask": TRUE_OR_FALSE, "muon": TRUE_OR_FALSE,

@@ -44,9 +44,6 @@ class Run:
         self.recipe = recipe
         self.args = args
         self.folder = args.runs / name
-        if args.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = lock(self.folder)
         self.found = self.find_checkpoint()
         self.step = self.found["step"] if self.found else 0                 # steps done
         self.sources = self.open_data()
@@ -59,17 +56,32 @@ class Run:
         return self.step >= self.recipe.steps
 
     def find_checkpoint(self):
-        """The content of the last checkpoint, or None: process 0 finds and checks it for all."""
-        found = last_checkpoint(self.folder) if self.args.rank == 0 else None
-        path = [found[0] if found else None]
+        """The content of the last checkpoint, or None: process 0 locks the folder and finds it for all.
+
+        What process 0 refuses ends the others with status 2, so that one of them says why.
+        """
+        found, error = None, None
+        if self.args.rank == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.lock = lock(self.folder)
+                found = last_checkpoint(self.folder)
+            except (ValueError, OSError) as raised:
+                error = raised
+        box = [found and found[0], error is not None]
         if dist.is_initialized():
-            dist.broadcast_object_list(path)
-        if self.args.rank > 0 and path[0]:
-            if not path[0].exists():
-                raise ValueError(f"{path[0]}: process {self.args.rank} does not see this file of process 0; "
-                                 "--runs must be a folder that all nodes share")
-            return read_checkpoint(path[0])
-        return found[1] if found else None
+            dist.broadcast_object_list(box)
+        if error is not None:
+            raise error
+        path, is_refused = box
+        if is_refused:
+            sys.exit(2)
+        if self.args.rank == 0:
+            return found and found[1]
+        if path and not path.exists():
+            raise ValueError(f"{path}: process {self.args.rank} does not see this file of process 0; --runs "
+                             "must be a folder that all nodes share")
+        return read_checkpoint(path) if path else None
 
     def open_data(self) -> list:
         """The sources of --mixture, else of the shapes world, whose latents `start` adds.
@@ -235,8 +247,8 @@ def model_of_run(folder, wanted_by=None) -> Harmon:
     """The averaged weights of a run's last checkpoint. wanted_by: a recipe, for which it must be finished."""
     found = last_checkpoint(folder)
     if found is None:
-        raise FileNotFoundError(f"{folder}: no checkpoint; {wanted_by} starts from {folder.name}, which must "
-                                "run first, or from --init")
+        raise FileNotFoundError(f"{folder}: no checkpoint; {wanted_by} starts from {folder.name} (--after), "
+                                "which must run first, or from --init")
     _, content = found
     steps = content["recipe"]["steps"]
     if wanted_by and content["step"] < steps:
@@ -277,7 +289,8 @@ def with_latents(model, sources, recipe, args) -> list:
     opened = []
     for source in sources:
         if source.task not in ("text", "reconstruct"):
-            cache_latents(model.encode, source, folder, recipe.size, crops=0,
+            # One task for all recipes, whose squares of these square images are the same.
+            cache_latents(model.encode, replace(source, task="text2image"), folder, recipe.size, crops=0,
                           rank=args.rank, world_size=args.world_size)
             barrier()
             source = replace(source, latents=LatentCache(folder))
