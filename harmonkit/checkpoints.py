@@ -150,7 +150,7 @@ def first_not_finite(state):
 
 def is_finite(tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity."""
-    if not tensor.is_floating_point() or not tensor.numel():
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
         return True
     if tensor.element_size() == 1:                  # float8 has no extremes
         tensor = tensor.float()
