@@ -16,7 +16,7 @@ NOTEBOOKS ?=
 BIN = $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
 FAST = architecture chat_template config devices diffusion_head harmon images latents llm losses mar mixture \
-       optim pipeline recipes show sources vae world
+       optim order pipeline recipes show sources vae world
 FAST_TESTS = $(FAST:%=tests/test_%.py)
 
 .PHONY: demo lab lint check test faults notebooks mutants clean

@@ -63,7 +63,7 @@ class Harmon(nn.Module):
         """latents (B, h, w, C) -> pixels (B, 3, s·h, s·w), about in [-1, 1]. Raises ValueError for NaN and
         infinity.
         """
-        pipeline.check_attention(self)
+        pipeline.check_attention(self, "vae")
         z = (latents / self.config.vae_scale).permute(0, 3, 1, 2).to(self.dtype)
         # One at a time: it bounds the memory, and no image depends on its batch.
         pixels = torch.cat([self.vae.decode(part) for part in z.split(1)])
@@ -169,7 +169,7 @@ class Harmon(nn.Module):
         that are not finite.
         """
         settings = Sampling(**settings)
-        pipeline.check_attention(self)
+        pipeline.check_attention(self, "mar")
         rows, halves = len(input_ids), 1 if settings.cfg == 1 else 2
         if rows % halves:
             raise ValueError(f"with guidance the batch is [conditional; unconditional]; {rows} rows are odd")

@@ -71,7 +71,7 @@ def train(name, recipe, args, stop_at=None):
                 with monitor.waiting():
                     number, batch = next(batches)
                 counts.add(batch, monitor.say)
-                inputs = loss_arguments(model, batch, recipe.max_length)
+                inputs = loss_arguments(model, batch)
                 torch.manual_seed(seed_of(recipe.seed, number))             # masks, t, noise, dropout
                 exchange = world_size == 1 or i + 1 == micro_steps
                 with contextlib.nullcontext() if exchange else losses.no_sync():

@@ -154,7 +154,7 @@ def is_finite(tensor) -> bool:
         return True
     if tensor.element_size() == 1:                  # float8 has no extremes
         tensor = tensor.float()
-    # NaN and infinity show in the extremes: one pass, 20 times as fast as isfinite().all().
+    # NaN and infinity show in the extremes. isfinite().all() would write a tensor of its answers first.
     return all(map(math.isfinite, tensor.detach().aminmax()))
 
 

@@ -55,15 +55,15 @@ def naming_the_weight(model):
         raise ValueError(f"{error}; here it is the weight {name}") from None
 
 
-def check_attention(model):
-    """Raise ValueError for weights of queries and keys that are not finite, in MAR and the VAE.
+def check_attention(model, *parts):
+    """Raise ValueError for weights of queries and keys that are not finite. parts: "mar", "vae" or both.
 
     On a CPU, torch's attention without a mask may turn NaN there into finite numbers. All other weights that
     are not finite show in the output.
     """
     with naming_the_weight(model):
         for name, p in model.named_parameters():
-            is_hidden = name.startswith(("mar.", "vae.")) and re.search(r"\.(qkv|q|k)\.", name)
+            is_hidden = name.partition(".")[0] in parts and re.search(r"\.(qkv|q|k)\.", name)
             if is_hidden and not p.is_mkldnn and not is_finite(p):
                 raise ValueError("the attention is not finite: the weights hold NaN or infinity")
 
@@ -194,7 +194,7 @@ def chat(model, question, image=None, *, history=(), max_new_tokens=1024, size=N
     with evaluation_mode(model):
         z_enc = None
         if image is not None:
-            check_attention(model)
+            check_attention(model, "vae", "mar")
             h, w = token_grid(model, size)
             s = model.config.vae.stride
             pixels = image_to_pixels(pad_to_square(image), (h * s, w * s))

@@ -231,7 +231,7 @@ def check_zip(path) -> bool:
 def check_crc(path):
     """Raise ValueError unless each entry of torch.save's zip file has the checksum that the file says.
 
-    torch.load compares none. About 3 GB a second on one core, once the file is in memory.
+    torch.load compares none.
     """
     entry = None
     with open(path, "rb") as opened:

@@ -115,7 +115,7 @@ MUTANTS = (
            "if now is None or now == before:", "if now is None or now[:2] == before[:2]:",
            "tests/test_latents.py"),
     Mutant("data: cached-as-broken samples do not count", "harmonkit/data/latents.py",
-           "bad=bool(shard.bad[i])", "bad=False", "tests/test_latents.py"),
+           "bad=bool(shard.bad[i])", "bad=False", "tests/test_caching.py"),
     Mutant("data: any square image serves any task", "harmonkit/data/latents.py",
            "        if rejected[0] != rejected[1]:", "        if False:", "tests/test_latents.py"),
     Mutant("data: checksums are not compared", "harmonkit/data/latents.py",

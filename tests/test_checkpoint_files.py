@@ -90,7 +90,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing_saved(uninterrupted, tmp_pat
         if len(written) > 1:
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 712960 vs 712848")
     monkeypatch.setattr(torch, "save", nearly_full)                         # torch's message of a full disk
-    message = "the checkpoint of step 4 could not be written .*is the disk full.* last one is .*step-000002"
+    message = "step 4 could not be written .*is the disk full.* the last checkpoint is .*step-000002"
     with pytest.raises(OSError, match=message):
         run(SHORT, tmp_path, save_every=2)
     monkeypatch.undo()

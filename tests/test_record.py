@@ -241,6 +241,14 @@ def test_resume_goes_on_with_the_chain(tmp_path, monkeypatch):
     assert last_checkpoint(tmp_path / "runs" / "tiny-reca")[1]["step"] == 1
 
 
+def test_resume_takes_no_other_place(tmp_path, monkeypatch, capsys):
+    main(monkeypatch, "tiny-llm", "--device", "cpu", "--runs", tmp_path, "--steps", 1, "--batch", 2,
+         "--micro-batch", 1, "--scenes", 20)
+    with pytest.raises(SystemExit, match="2"):
+        main(monkeypatch, "resume", tmp_path / "tiny-llm", "--runs", tmp_path / "other")
+    assert "`resume` goes on in" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("argv, message", [
     (("resume",), "resume RUN: the folder of a run is expected"),
     (("resume", "nowhere"), "nowhere: no run.json"),

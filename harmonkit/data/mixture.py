@@ -27,7 +27,7 @@ from harmonkit.pipeline import token_grid
 
 TASKS = ("text2image", "image2text", "text", "reca", "mar", "reconstruct")  # the last two: harmon-tiny's
 ANSWERS = ("image2text", "text")                                            # the tasks that learn answers
-ASKS_IMAGES = ("image2text", "reca")                                        # … whose images are in the prompt
+ASKS_IMAGES = ("image2text", "reca")                                        # those with images in the prompt
 WITHOUT_LATENTS = ("text", "reconstruct")                                   # these train on none
 CAPTION_DROP = 0.1                  # fraction of captions and labels left out, for classifier-free guidance
 DESCRIBE = "Describe the image."    # the question about an image that has only a caption

@@ -176,7 +176,7 @@ def split_stem(stem, files) -> list:
 
 
 def files_of(image, files) -> dict:
-    """The files that belong to an image: .v2.jpg has .v2.txt and .v2.jpg.txt. -> {".jpg": …, ".txt": …}."""
+    """The files of an image: .v2.jpg has .v2.txt and .v2.jpg.txt -> {".jpg": place, ".txt": place}."""
     inner, _, suffix = image.rpartition(".")
     own = {f".{suffix}": files[image]}
     for before in (image, inner):

@@ -1,7 +1,7 @@
 """What a resumed command changes in a run: harmless changes are said, others refused with what to do."""
 import sys
 
-from harmonkit.training.record import as_text, flag_of
+from harmonkit.training.recipes import as_text, flag_of
 
 DATA_SETTINGS = {"batch", "micro_batch", "seed", "ratio"}                   # the order of the data
 SAME_WEIGHTS = {"save_every", "sample_every", "checkpointing"}              # settings that do not change them

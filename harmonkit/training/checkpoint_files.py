@@ -42,7 +42,7 @@ def last_checkpoint(folder):
         except PermissionError:
             raise
         except (RuntimeError, EOFError, OSError, ValueError) as error:
-            damaged[path] = str(error).splitlines()[0]
+            damaged[path] = str(error).splitlines()[0].removeprefix(f"{path}: ")
             continue
         set_aside(damaged, path)
         check_format(path, content)
@@ -83,12 +83,13 @@ def write_checkpoint(folder, step, content):
 
     Raises ValueError for numbers that are not finite, OSError on a full disk; what was saved before stays.
     """
-    last = (checkpoints_of(folder) or ["none"])[-1]
+    saved = checkpoints_of(folder)[-1:]
+    last = f"the last checkpoint is {saved[0]}" if saved else "nothing has been saved yet"
     for part in ("model", "model_ema"):
         name = first_not_finite(content[part])
         if name:
-            raise ValueError(f"step {step}: {name} is not finite in {part}, so this step is not saved; the "
-                             f"last checkpoint is {last}; go on from it with a lower --lr or --clip")
+            raise ValueError(f"step {step}: {name} is not finite in {part}, so this step is not saved; "
+                             f"{last}; try a lower --lr or --clip")
     for unfinished in folder.glob(".step-*.pt"):                            # a kill left it
         unfinished.unlink()
     try:
@@ -96,7 +97,7 @@ def write_checkpoint(folder, step, content):
             torch.save(content, temporary)
     except (RuntimeError, OSError) as error:                                # torch does not name the disk
         raise OSError(f"the checkpoint of step {step} could not be written to {folder}; is the disk full? "
-                      f"({error}) The last one is {last}, and the same command goes on from it") from None
+                      f"({error}); {last}, and the same command goes on from there") from None
     older = [path for path in checkpoints_of(folder) if step_of(path) < step]
     for path in older[:len(older) - KEPT + 1]:
         path.unlink()

@@ -153,7 +153,7 @@ def check(recipe):
     for name, value in settings(recipe).items():
         is_inside, words = RANGES[name]
         if not is_inside(value):
-            raise ValueError(f"{flag_of(name)} is {shown(value)}; expected {words}")
+            raise ValueError(f"{flag_of(name)} is {as_text(value) or 'empty'}; expected {words}")
 
 
 def check_size(recipe, config):
@@ -167,11 +167,11 @@ def flag_of(field) -> str:
     return f"--{field.replace('_', '-')}"
 
 
-def shown(value) -> str:
-    """A field's value as its flag takes it."""
+def as_text(value) -> str:
+    """A flag's value as it is written."""
     if isinstance(value, dict):
-        return ",".join(f"{name}={number}" for name, number in value.items()) or "empty"
-    return repr(value)
+        return ",".join(f"{name}={number!r}" for name, number in value.items())
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # ---- reading and changing recipes --------------------------------------------------------------------------

@@ -18,7 +18,16 @@ import torch
 from harmonkit.checkpoints import write_text
 from harmonkit.data.mixture import read_mixture
 from harmonkit.training import checkpoint_files
-from harmonkit.training.recipes import CHAINS, FIELDS, RECIPES, change, override, settings
+from harmonkit.training.recipes import (
+    CHAINS,
+    FIELDS,
+    RECIPES,
+    as_text,
+    change,
+    flag_of,
+    override,
+    settings,
+)
 from harmonkit.weight_files import WEIGHT_SUFFIXES, find_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,17 +60,6 @@ def flags_of(args) -> list:
 def absolute(path):
     """A path made absolute. A text may be a hub id or the name of a model, unless it exists."""
     return Path(path).absolute() if isinstance(path, Path) or Path(path).exists() else path
-
-
-def flag_of(key) -> str:
-    return f"--{key.replace('_', '-')}"
-
-
-def as_text(value) -> str:
-    """The value of a flag as it is written."""
-    if isinstance(value, dict):
-        return ",".join(f"{key}={number!r}" for key, number in value.items())
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def start_of(recipe, args) -> dict:
@@ -194,6 +192,9 @@ def runs_of(args) -> dict:
         # Its settings may be others than the table's; a folder that was renamed is its own name.
         record = read(args.resume)
         name = record["name"]
+        home = args.resume.absolute().parents[len(Path(name).parts) - 1]
+        if args.runs != home:
+            raise ValueError(f"--runs {args.runs}: `resume` goes on in {args.resume}; leave the flag out")
         is_there = (args.runs / name).absolute() == args.resume.absolute()
         recipe = change(RECIPES[names[0]], **record["settings"])
         recipes[name if is_there else str(args.resume.absolute())] = override(name, recipe, args)

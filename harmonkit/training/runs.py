@@ -29,7 +29,7 @@ from harmonkit.training.checkpoint_files import (
 )
 from harmonkit.training.optim import EMA, load_state, make_optimizer, parameter_groups
 from harmonkit.training.processes import lock
-from harmonkit.training.recipes import check_size, settings
+from harmonkit.training.recipes import check_size, flag_of, settings
 
 
 class Run:
@@ -237,10 +237,8 @@ def refuse_unused(args, used, *others):
     """Raises ValueError if a flag is given that has no effect beside the used one."""
     for key in others:
         if getattr(args, key):
-            flag, reason = f"--{key.replace('_', '-')}", "without --init or --init-llm"
-            if used:
-                reason = f"beside --{used}, a whole model"
-            raise ValueError(f"{flag} {getattr(args, key)} has no effect {reason}; leave it out")
+            where = f"beside --{used}, a whole model" if used else "without --init or --init-llm"
+            raise ValueError(f"{flag_of(key)} {getattr(args, key)} has no effect {where}; leave it out")
 
 
 def model_of_run(folder, wanted_by=None) -> Harmon:

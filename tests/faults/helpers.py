@@ -24,6 +24,7 @@ from data_files import png
 
 import sample
 import train
+from faults.same_bits import same
 from harmonkit.data.__main__ import main as data_main
 
 torch.set_num_threads(1)            # threads of the parent would be missing in a fork
@@ -230,16 +231,6 @@ def assert_same(a, b):
     assert a["step"] == b["step"]
     assert not differs(a, b) and not differs(a, b, "model_ema")
     assert same(a["optimizer"], b["optimizer"]), "the optimizers' states differ"
-
-
-def same(a, b):
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def is_finite(state):

@@ -22,6 +22,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from same_bits import same
 
 ROOT = Path(__file__).resolve().parents[2]
 SCENES = 128
@@ -178,17 +179,6 @@ def readable(command):
             print(f"{path.name}: {damaged}")
             return False
     return True
-
-
-def same(a, b):
-    """Whether two contents of checkpoints hold the same bits."""
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def difference(one, two):
