@@ -1,4 +1,5 @@
 """What several test files share: a very small configuration, random weights, a tokenizer."""
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from mar import MARConfig
 from vae import VAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A background job ignores Ctrl-C, and so do the processes that it starts; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMALL = HarmonConfig(
     llm=QwenConfig(vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2,

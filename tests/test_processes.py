@@ -21,8 +21,8 @@ HOLD = """
     from pathlib import Path
     from harmonkit.training.processes import lock
     held = lock(Path({folder!r}))
-    reader = os.fork()                      # as data readers are
-    print("locked", flush=True)
+    if os.fork():                           # the other is as a data reader is
+        print("locked", flush=True)
     sys.stdin.read()
 """
 
