@@ -162,6 +162,61 @@ class MAR(nn.Module):
             raise ValueError(f"every row of a mask must hide equally many tokens, not {hidden.tolist()}")
         return F.pad(~mask, (self.config.buffer_size, 0), value=True)
 
+    @torch.no_grad()
+    def sample(self, labels, *, cfg=1.0, cfg_schedule="linear", generator=None, orders=None, noise_fn=None,
+               on_step=None, **settings):
+        """Draw by class, as MAR's authors do: labels (B,) int, -1 = none -> scaled latents (B, h, w, C).
+
+        cfg 1 = without guidance. settings: further fields of Sampling. generator, orders, noise_fn: see
+        Randomness. on_step(k, tokens (B, h, w, C), mask (B, N)) is called after step k = 1 … K.
+        Raises ValueError for labels that are no class and for settings outside their ranges.
+        """
+        settings = Sampling(cfg=cfg, cfg_schedule=cfg_schedule, **settings)
+        labels = self.check_labels(labels)
+        randomness = Randomness(generator, orders, noise_fn)
+        grid = (self.config.grid, self.config.grid)
+        B, N, C = len(labels), self.config.grid ** 2, self.config.token_dim
+        S = settings.num_sampling_steps or self.config.diffusion_steps
+
+        tokens = torch.zeros(B, N, C, device=labels.device, dtype=torch.float32)
+        mask = torch.ones(B, N, dtype=torch.bool, device=labels.device)
+        orders = randomness.orders(B, N).to(labels.device)
+        for k, num_masked in enumerate(mask_schedule(N, settings.num_iter)[1:], start=1):
+            next_mask = first_masked(orders, num_masked)
+            new = mask & ~next_mask                                         # (B, N): the tokens of this step
+            if new.any():
+                # The encoder sees the class, so with guidance both halves go through it: rows = 2B.
+                weight = settings.guidance(num_masked, N)
+                halves = 1 if weight == 1 else 2
+                classes = torch.cat([labels, torch.full_like(labels, -1)])[:halves * B]
+                x = self.encode(tokens.repeat(halves, 1, 1), mask.repeat(halves, 1), grid, classes)
+                z = self.decode(x, mask.repeat(halves, 1), grid)            # (rows, N, D)
+
+                # Draw the new tokens of all images, in raster order.
+                count = int(new[0].sum())                                   # M / B, tokens per image
+                drawn = self.diffloss.sample(
+                    z[new.repeat(halves, 1)], temperature=settings.temperature, cfg=weight,
+                    solver=settings.solver, num_sampling_steps=settings.num_sampling_steps,
+                    noise_fn=randomness.noise(B, count, C, S, labels.device))
+                tokens = tokens.clone()
+                tokens[new] = drawn
+            mask = next_mask
+            if on_step is not None:
+                on_step(k, tokens.view(B, *grid, C), mask)
+        return tokens.view(B, *grid, C)
+
+    def check_labels(self, labels):
+        """Labels on the model's device, int64. Raises ValueError for numbers that are no class."""
+        labels = torch.as_tensor(labels)
+        classes = self.config.class_num
+        if labels.ndim != 1 or not len(labels) or labels.is_floating_point() or labels.is_complex():
+            raise ValueError(f"labels have the shape {tuple(labels.shape)} and the type {labels.dtype}; whole "
+                             "numbers (B,) are expected")
+        wrong = labels[(labels < -1) | (labels >= classes)].tolist()
+        if wrong:
+            raise ValueError(f"label {wrong[0]}: this MAR has the classes 0 to {classes - 1}, and -1 for none")
+        return labels.to(self.mask_token.device, torch.int64)
+
     def position_embedding(self, table, grid):
         """A table (1, n + N₀, D) or (1, N₀, D) of the native grid, its image part resized to grid (h, w)."""
         g, (h, w) = self.config.grid, grid
