@@ -16,8 +16,9 @@ from training_helpers import (  # noqa: F401
 
 import train
 from harmon import Harmon
-from harmonkit import checkpoints
+from harmonkit import checkpoints, mar_files
 from harmonkit.shapes_world.tokenizer import train_tokenizer
+from harmonkit.shapes_world.world import class_names
 from harmonkit.tokenizer import load_tokenizer
 from harmonkit.training import runs
 from harmonkit.training.recipes import RECIPES, change
@@ -137,8 +138,24 @@ def test_stage_1_starts_from_three_files(small, tmp_path):
     state = model.state_dict()
     for key, tensor in small.state_dict().items():
         assert key.startswith("proj") or torch.equal(tensor, state[key]), key
+    torch.save(small.state_dict(), tmp_path / "mar.pth")
+    with pytest.raises(ValueError, match="mar.pth: a Harmon model"):
+        first_model("stage1", RECIPES["stage1"], args)
     with pytest.raises(ValueError, match="stage1 starts from trained weights"):
         first_model("stage1", RECIPES["stage1"], options(tmp_path))
+
+
+def test_a_run_by_class_exports_its_mar_for_drawing_by_class(tmp_path):
+    run(SHORT, tmp_path, name="mar", ratio={"mar": 1}, lr={"mar-decoder": 1e-3}, steps=2, batch=2)
+    runs.export(tmp_path / "mar", tmp_path / "model")
+    drawing = mar_files.load(tmp_path / "model", dtype="float16")
+    harmon = Harmon.from_pretrained(tmp_path / "model", dtype="float16")
+    assert equal(drawing.mar.state_dict(), harmon.mar.state_dict())
+    assert equal(drawing.vae.state_dict(), harmon.vae.state_dict())
+    assert drawing.config.class_names == tuple(class_names())
+    run(TEXT, tmp_path, name="text", steps=1)
+    runs.export(tmp_path / "text", tmp_path / "other")
+    assert not (tmp_path / "other" / "mar").exists()
 
 
 def test_a_run_keeps_its_own_tokenizer(tmp_path, tokenizer):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from harmonkit.chat_template import GENERATE, IGNORE_INDEX, UNCONDITIONAL, pad, training_ids
+from harmonkit.chat_template import DESCRIBE, GENERATE, IGNORE_INDEX, UNCONDITIONAL, pad, training_ids
 from harmonkit.config import read_json
 from harmonkit.data.latents import LatentCache
 from harmonkit.data.records import SkipSample, lacking, usable_image
@@ -29,7 +29,6 @@ from harmonkit.pipeline import token_grid
 
 TASKS = ("text2image", "image2text", "text", "reca", "mar", "reconstruct")  # the last two: harmon-tiny's
 CAPTION_DROP = 0.1                  # fraction of captions and labels left out, for classifier-free guidance
-DESCRIBE = "Describe the image."    # the question about an image that has only a caption
 MAX_BAD = 0.05                      # fraction of a source; more bad samples stop the run
 
 

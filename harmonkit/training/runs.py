@@ -18,6 +18,8 @@ from harmonkit.data.latents import LatentCache, cache_latents
 from harmonkit.data.mixture import Source, open_mixture
 from harmonkit.data.sources import open_source
 from harmonkit.devices import barrier
+from harmonkit.mar_files import SUBFOLDER, ClassConfig, ClassModel, read_tensors
+from harmonkit.shapes_world import world
 from harmonkit.shapes_world.tokenizer import train_tokenizer
 from harmonkit.tokenizer import load_tokenizer
 from harmonkit.training.optim import load_state, make_optimizer, parameter_groups
@@ -191,7 +193,9 @@ def first_model(name, recipe, args) -> Harmon:
     else:
         model = Harmon(HarmonConfig.from_name(recipe.from_scratch))
     for part, path in (("llm", args.init_llm), ("mar", args.init_mar), ("vae", args.vae)):
-        if path:
+        if path and part == "mar":
+            checkpoints.load_strict(model.mar, read_tensors(Path(path))[0], path, dtype=torch.float32)
+        elif path:
             tensors = {key.removeprefix(f"{part}."): p for key, p in checkpoints.read(path).items()}
             checkpoints.load_strict(getattr(model, part), tensors, path, dtype=torch.float32)
     model.llm.tie_weights()
@@ -248,10 +252,21 @@ def set_latent_scale(folder, dataset, count=125):
 
 
 def export(folder, target):
-    """Write the EMA weights of a run's last checkpoint as a model folder, in half precision."""
-    model = model_from_checkpoint(last_checkpoint(folder)[1])
+    """Write the EMA weights of a run's last checkpoint as a model folder, in half precision.
+
+    After a run by class the folder also holds its MAR alone, for `sample.py --classes`.
+    """
+    _, content = last_checkpoint(folder)
+    model = model_from_checkpoint(content)
     model.tokenizer = load_tokenizer(folder)
     model.save_pretrained(target, dtype=torch.float16)
+    if set(content["recipe"]["ratio"]) == {"mar"}:
+        # The MAR draws by class now. It is kept apart, because training with prompts makes it forget.
+        names = tuple(world.class_names()) if model.config.mar.class_num == world.LABELS else ()
+        config = ClassConfig(model.config.mar, model.config.vae, model.config.vae_scale, names)
+        by_class = ClassModel(config)
+        by_class.mar = model.mar
+        by_class.save_pretrained(Path(target) / SUBFOLDER, dtype=torch.float16, with_vae=False)
 
 
 # ---- signals -----------------------------------------------------------------------------------------------
