@@ -110,11 +110,12 @@ class Harmon(nn.Module):
     # ---- generation ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample_steps(self, input_ids, attention_mask, settings, randomness, canvas, grid):
+    def sample_steps(self, input_ids, attention_mask, settings, randomness, canvas, grid, embeds=None):
         """Masked autoregressive generation: yields (tokens (B, N, C), mask (B, N)) after each of K steps.
 
         input_ids, attention_mask (rows, L): with guidance rows = 2B, [conditional; unconditional], else rows
         = B. settings: a Sampling. randomness: a Randomness. canvas: the tokens and the mask to start from.
+        embeds (rows, L, H): given instead of input_ids where prompts hold images.
         """
         tokens, mask = canvas
         B, N, C = tokens.shape
@@ -129,7 +130,7 @@ class Harmon(nn.Module):
 
         # The prompt goes through the LLM once.
         cache = KVCache()
-        self.llm(input_ids, attention_mask=attention_mask, cache=cache)
+        self.llm(input_ids, inputs_embeds=embeds, attention_mask=attention_mask, cache=cache)
 
         for num_masked in mask_schedule(num_tokens, settings.num_iter)[1:]:
             next_mask = first_masked(orders, num_masked)
@@ -158,15 +159,16 @@ class Harmon(nn.Module):
             mask = next_mask
             yield tokens, mask
 
-    def sample(self, input_ids, attention_mask, *, grid=None, canvas=None, generator=None, orders=None,
-               noise_fn=None, progress=False, on_step=None, **settings):
+    def sample(self, input_ids, attention_mask, *, grid=None, canvas=None, z_enc=None, generator=None,
+               orders=None, noise_fn=None, progress=False, on_step=None, **settings):
         """Generate pixels (B, 3, s·h, s·w) by `sample_steps`.
 
         settings: fields of Sampling. grid (h, w): default the native one. canvas: latents (B, h, w, C) and
-        mask (B, N) to start from; default all is masked. generator, orders, noise_fn: see Randomness.
+        mask (B, N) to start from; default all is masked. z_enc (images, N+n, H): of the images in the
+        prompts, as `visual_features` gives it. generator, orders, noise_fn: see Randomness.
         on_step(k, tokens (B, h, w, C), mask (B, N)) is called after step k = 1 … K.
-        Raises ValueError for settings outside their ranges, for an odd batch with guidance, and for weights
-        that are not finite.
+        Raises ValueError for settings outside their ranges, for an odd batch with guidance, for prompts that
+        hold more or fewer image positions than z_enc, and for weights that are not finite.
         """
         settings = Sampling(**settings)
         pipeline.check_attention(self, "mar")
@@ -181,11 +183,13 @@ class Harmon(nn.Module):
         else:
             tokens, mask = canvas[0].flatten(1, 2).to(self.device, torch.float32), canvas[1].to(self.device)
             tokens = tokens * ~mask[..., None]                              # masked tokens start at 0
-        steps = self.sample_steps(input_ids.to(self.device), attention_mask.to(self.device).bool(), settings,
-                                  Randomness(generator, orders, noise_fn), (tokens, mask), (h, w))
+        input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device).bool()
         no_bar = None if progress else True                                 # None: only off a terminal
-        bar = tqdm(steps, total=settings.num_iter, desc="steps", disable=no_bar, leave=False)
         with torch.no_grad(), pipeline.evaluation_mode(self):
+            steps = self.sample_steps(
+                input_ids, attention_mask, settings, Randomness(generator, orders, noise_fn), (tokens, mask),
+                (h, w), self.embed(input_ids, z_enc))
+            bar = tqdm(steps, total=settings.num_iter, desc="steps", disable=no_bar, leave=False)
             for k, (tokens, mask) in enumerate(bar, start=1):
                 if on_step is not None:
                     on_step(k, tokens.view(B, h, w, C), mask)
@@ -275,8 +279,8 @@ class Harmon(nn.Module):
 
     # ---- text in, images out; images in, text out; files: see harmonkit --------------------------
 
-    def generate_image(self, prompts, *, size=None, seed=0, **sampling):
-        """A PIL image for each prompt; see harmonkit.pipeline.generate_image."""
+    def generate_image(self, prompts=None, *, size=None, seed=0, **sampling):
+        """A PIL image for each prompt, or for each picture; see harmonkit.pipeline.generate_image."""
         return pipeline.generate_image(self, prompts, size=size, seed=seed, **sampling)
 
     def chat(self, question, image=None, **options):

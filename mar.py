@@ -162,6 +162,86 @@ class MAR(nn.Module):
             raise ValueError(f"every row of a mask must hide equally many tokens, not {hidden.tolist()}")
         return F.pad(~mask, (self.config.buffer_size, 0), value=True)
 
+    @torch.no_grad()
+    def sample_steps(self, labels, settings, randomness):
+        """Masked autoregressive generation by class: yields (tokens (B, N, C), mask (B, N)) after each of K
+        steps.
+
+        labels (B,) int64, -1 = no class. settings: a Sampling. randomness: a Randomness.
+        """
+        B, N, C = len(labels), self.config.grid ** 2, self.config.token_dim
+        grid = (self.config.grid, self.config.grid)
+        S = settings.num_sampling_steps or self.config.diffusion_steps
+        tokens = torch.zeros(B, N, C, device=labels.device, dtype=torch.float32)
+        mask = torch.ones(B, N, dtype=torch.bool, device=labels.device)
+        orders = randomness.orders(B, N).to(labels.device)
+
+        for num_masked in mask_schedule(N, settings.num_iter)[1:]:
+            next_mask = first_masked(orders, num_masked)
+            new = mask & ~next_mask                                         # (B, N): the tokens of this step
+            if new.any():
+                # Guidance has a second half without classes. The encoder sees the class, so both halves go
+                # through it; rows = halves·B.
+                weight = settings.guidance(num_masked, N)
+                halves = 1 if weight == 1 else 2
+                classes = torch.cat([labels, torch.full_like(labels, -1)])[:halves * B]
+                seen = tokens.to(self.mask_token.dtype).repeat(halves, 1, 1)
+                x_enc = self.encode(seen, mask.repeat(halves, 1), grid, classes)   # (rows, n+V, D)
+
+                # Draw the new tokens of all images, in raster order.
+                z = self.decode(x_enc, mask.repeat(halves, 1), grid)        # (rows, N, D)
+                z = z[new.repeat(halves, 1)]                                # (halves·M, D)
+                count = int(new[0].sum())                                   # M / B, tokens per image
+                drawn = self.diffloss.sample(
+                    z, temperature=settings.temperature, cfg=weight, solver=settings.solver,
+                    noise_fn=randomness.noise(B, count, C, S, labels.device),
+                    num_sampling_steps=settings.num_sampling_steps)
+                tokens = tokens.clone()
+                tokens[new] = drawn
+            mask = next_mask
+            yield tokens, mask
+
+    @torch.no_grad()
+    def sample(self, labels, *, cfg=1.0, cfg_schedule="linear", generator=None, orders=None, noise_fn=None,
+               on_step=None, **settings):
+        """Draw by class, as MAR's authors do: labels (B,) int, -1 = none -> scaled latents (B, h, w, C).
+
+        cfg 1 = without guidance. settings: further fields of Sampling. generator, orders, noise_fn: see
+        Randomness. on_step(k, tokens (B, h, w, C), mask (B, N)) is called after step k = 1 … K.
+        Raises ValueError for labels that are no class and for settings outside their ranges.
+        """
+        settings = Sampling(cfg=cfg, cfg_schedule=cfg_schedule, **settings)
+        labels = self.check_labels(labels)
+        B, h, C = len(labels), self.config.grid, self.config.token_dim
+        in_training = [module for module in self.modules() if module.training]
+        self.eval()                                                         # without dropout
+        try:
+            steps = self.sample_steps(labels, settings, Randomness(generator, orders, noise_fn))
+            for k, (tokens, mask) in enumerate(steps, start=1):
+                if on_step is not None:
+                    on_step(k, tokens.view(B, h, h, C), mask)
+        finally:
+            for module in in_training:
+                module.training = True
+        return tokens.view(B, h, h, C)
+
+    def check_labels(self, labels):
+        """Labels on the model's device, int64. Raises ValueError for numbers that are no class."""
+        try:
+            given = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"labels are {str(labels)[:60]!r}; whole numbers (B,) are expected") from None
+        is_whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+        if given.ndim != 1 or not len(given) or not is_whole:
+            raise ValueError(f"labels have the shape {tuple(given.shape)} and the type {given.dtype}; whole "
+                             "numbers (B,) are expected")
+        given = given.to(self.mask_token.device, torch.int64)
+        classes = self.config.class_num
+        wrong = given[(given < -1) | (given >= classes)].tolist()
+        if wrong:
+            raise ValueError(f"label {wrong[0]}: this MAR has classes 0 to {classes - 1}, and -1 for none")
+        return given
+
     def position_embedding(self, table, grid):
         """A table (1, n + N₀, D) or (1, N₀, D) of the native grid, its image part resized to grid (h, w)."""
         g, (h, w) = self.config.grid, grid

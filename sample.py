@@ -5,7 +5,10 @@
     python sample.py --image photo.jpg --chat                        # a conversation about an image
     python sample.py --ask "How many sides does a triangle have?"    # a question without an image
     python sample.py --image x.png --mask m.png "a red circle"       # redraw what m.png marks in x.png
+    python sample.py --image photo.jpg --reconstruct                 # look at it and draw it anew
     python sample.py --prompts prompts.json --out outdir             # or JSONL, text, CSV; also with torchrun
+    python sample.py --classes "red circle" 7                        # by class, with the model's MAR alone
+    python sample.py --model mar_huge.pth --vae kl16.ckpt --classes 207 "tree frog"   # or ImageNet's, by MAR
     python sample.py --model wusize/Harmon-1_5B --size 512 "a dog on the left and a cat on the right"
 """
 from harmonkit.interrupts import quits_at_once
@@ -13,18 +16,16 @@ from harmonkit.interrupts import quits_at_once
 with quits_at_once("sample.py"):                    # torch takes seconds to import
     import re
     import sys
-    from collections import Counter
-    from dataclasses import asdict, fields
+    from dataclasses import fields
     from functools import cache
 
-    import torch
-    from tqdm import tqdm
-
     from harmon import Harmon, Sampling, open_image
-    from harmonkit import inpainting, outputs
+    from harmonkit import by_class, inpainting, outputs, reconstruction
+    from harmonkit.chat_template import DESCRIBE
     from harmonkit.devices import DTYPES, choose_device, choose_dtype, rank_and_world_size
+    from harmonkit.drawing import about, draw_sheets
     from harmonkit.fast import MODES, accelerate
-    from harmonkit.images import open_mask, save_png
+    from harmonkit.images import open_mask
     from harmonkit.pipeline import PROMPT_BLOCK, generation_prompts, token_grid
     from harmonkit.prompts import check_text, read_prompts
     from harmonkit.repeatable import make_repeatable
@@ -37,21 +38,29 @@ MAX_SEED = 2 ** 62
 def parse_arguments(argv=None):
     parser = Parser("sample.py", __doc__)
     add = parser.add_argument
-    add("prompt", nargs="?", help="the picture to draw, or with --image or --ask the question")
+    add("prompt", nargs="?", help="the picture to draw, or with --image or --ask the question; with "
+                                  "--reconstruct an instruction, which is untrained")
     add("--image", type=file_path, help="ask about this image; with --mask, redraw a part of it")
     add("--mask", type=file_path, help="marks the part of --image that is redrawn: white, painted, or erased")
+    add("--reconstruct", action="store_true", help="look at --image and draw it anew")
     add("--ask", action="store_true", help="the prompt is a question without an image")
     add("--chat", action="store_true", help="ask on, line by line, until an empty line")
+    add("--classes", nargs="+", metavar="CLASS",
+        help="draw by class with MAR alone: numbers, names, none, or all")
     add("--prompts", type=file_path, help="a .json, .jsonl, .txt, .csv or .tsv of prompts to draw")
-    add("--model", default="harmon-tiny", help="harmon-tiny, a folder, an official .pth, or a hub id")
+    add("--model", default="harmon-tiny", help="harmon-tiny, a folder, an official .pth, or a hub id; "
+                                             "with --classes a MAR checkpoint")
     add("--vae", type=file_path, help="the VAE's file, if the model's holds none (kl16.ckpt)")
     add("--tokenizer", type=file_path, help="a tokenizer.json or its folder, if the model has none beside it")
     add("--size", metavar="HxW", help="pixels, as 512 or 512x768; default: the native size")
-    add("--num-images", type=int, help="images for each prompt; default: 4, with --prompts 1")
+    add("--num-images", type=int, help="images for each prompt or class; default: 4, with --prompts 1; "
+                                       "with --classes all the number of all images")
     add("--batch-size", type=int, default=8, help="images drawn at once; default: 8")
-    add("--num-iter", "--steps", type=int, help="steps K; default: 64, at most a quarter of the tokens")
-    add("--cfg", type=float, default=3.0, help="classifier-free guidance, 1 = off; default: 3")
-    add("--cfg-schedule", default="constant", help="constant (default), or linear: from 1 to --cfg")
+    add("--num-iter", "--steps", type=int, help="steps K; default: 64, at most a quarter of the tokens; "
+                                                "with --classes one a token")
+    add("--cfg", type=float, help="classifier-free guidance, 1 = off; default: 3; with --classes "
+                                  f"{by_class.DEFAULTS}")
+    add("--cfg-schedule", help="constant (default), or linear: from 1 to --cfg (default with --classes)")
     add("--temperature", type=float, default=1.0, help="factor on the diffusion noise; default: 1")
     add("--solver", default="ancestral", help="of the head: ancestral (default), ddim or dpm++")
     add("--num-sampling-steps", type=int, help="diffusion steps S a token; default: the model's, 100")
@@ -66,13 +75,26 @@ def parse_arguments(argv=None):
     if extra:
         quotes = "" if extra[0].startswith("-") else "; put a prompt of several words in quotes"
         parser.error(f"unrecognized arguments: {' '.join(extra)}{quotes}")
-    args.draws = not (args.chat or args.ask or (args.image is not None and args.mask is None))
+    asks_about_image = args.image is not None and args.mask is None and not args.reconstruct
+    args.draws = not (args.chat or args.ask or asks_about_image)
+    if args.reconstruct and args.prompt is None:
+        args.prompt = DESCRIBE                          # the request that reconstruction alignment trains
     return args
 
 
 def check_flags(args):
     """Raise ValueError for flags that do not go together, or outside their ranges."""
-    if args.prompts is None and not args.chat and not (args.prompt or "").strip():
+    others = [name for name in ("mask", "chat", "ask", "prompts", "classes") if getattr(args, name, None)]
+    if args.reconstruct and (args.image is None or others):
+        wrong = f"leave out --{others[0]}" if others else "give it"
+        raise ValueError(f"--reconstruct draws --image anew, with an instruction or none; {wrong}")
+    if args.classes is not None:
+        apart = ("image", "mask", "ask", "chat", "prompts", "tokenizer")
+        others = [name for name in apart if getattr(args, name)]
+        if args.prompt is not None or others:
+            wrong = f"--{others[0]}" if others else "the prompt"
+            raise ValueError(f"--classes draws by class alone; leave out {wrong}")
+    elif args.prompts is None and not args.chat and not (args.prompt or "").strip():
         raise ValueError("the prompt is empty; say what to draw or to ask, or give --prompts or --chat")
     check_text(args.prompt or "", "the prompt")
     if args.prompts is not None and (args.prompt or args.image or args.chat or args.ask):
@@ -103,13 +125,14 @@ def parse_size(text):
     return sides[0], sides[-1]
 
 
-def sampling_settings(args):
-    """The Sampling of the flags. Raises ValueError that names the flag."""
+def sampling_settings(args, **defaults):
+    """The Sampling of the flags. defaults: for flags that are not given, instead of Sampling's own. Raises
+    ValueError that names the flag.
+    """
     given = {field.name: getattr(args, field.name) for field in fields(Sampling)}
-    if given["num_iter"] is None:
-        given["num_iter"] = Sampling.num_iter
+    given = {name: value for name, value in given.items() if value is not None}
     try:
-        return Sampling(**given)
+        return Sampling(**defaults | given)
     except ValueError as error:
         field, message = str(error).split(" ", 1)
         raise ValueError(f"--{field.replace('_', '-')} {message}") from None
@@ -123,7 +146,7 @@ def open_inputs(args) -> dict:
     if args.prompts is not None:
         inputs["prompts"] = read_prompts(args.prompts)
     if args.image is not None:
-        inputs["image"] = open_image(args.image)
+        inputs["like" if args.reconstruct else "image"] = open_image(args.image)
     if args.mask is not None:
         mask, how = open_mask(args.mask)
         inputs["image"], inputs["mask"] = inpainting.picture_and_mask(inputs["image"], mask)
@@ -143,10 +166,10 @@ def all_settings(model, args, size, inputs) -> dict:
     if args.num_iter is None:
         args.num_iter = min(Sampling.num_iter, -(-grid[0] * grid[1] // 4))
     drawn_size = [side * model.config.vae.stride for side in grid]
-    settings = asdict(sampling_settings(args)) | {
-        "size": drawn_size, "model": str(args.model), "weights": outputs.fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."), "mode": args.mode, "version": outputs.version(),
-        "torch": torch.__version__}
+    settings = about(model, sampling_settings(args), drawn_size, args)
+    if "like" in inputs:
+        settings |= {"reconstruct": True, "image": args.image.name,
+                     "image_sha256": outputs.file_digest(args.image)}
     if "mask" in inputs:
         settings |= {"image": args.image.name, "image_sha256": outputs.file_digest(args.image),
                      "mask": args.mask.name, "mask_sha256": outputs.file_digest(args.mask),
@@ -154,56 +177,39 @@ def all_settings(model, args, size, inputs) -> dict:
     return settings
 
 
-def show(path):
-    """Print a line in one piece: print writes its end apart, and torchrun's processes share a stdout."""
-    print(f"{path}\n", end="", flush=True)
+def say_what_is_seen(picture, file, size):
+    part = reconstruction.middle(picture, size)
+    if part.size != picture.size:
+        print(f"looking at the middle of {file}: {part.width}×{part.height} of {picture.width}×"
+              f"{picture.height} pixels", file=sys.stderr)
 
 
 def draw(model, args, size, inputs, settings):
     """Draw to args.out what is not there yet; print the path of each prompt's grid or only image."""
     per_prompt = args.num_images or (4 if args.prompts is None else 1)
-    planned = (per_prompt, args.seed, settings, args.out)
-    if args.prompts is None:
-        sheets = outputs.plan_single(args.prompt, *planned, overwrite=args.overwrite)
-    else:
-        sheets = outputs.plan(inputs.pop("prompts"), *planned)
+    planned = (per_prompt, args.seed, settings, args.out, inputs.get("like"))
     rank, world_size = rank_and_world_size()
-    done, left, num_left = outputs.divide(sheets, rank, world_size, args.overwrite)
-    outputs.remove_leftovers(left)
-    jobs = [(sheet, picture) for sheet in left for picture in sheet.pictures
-            if args.overwrite or outputs.state(picture) != "done"]
-    if num_left < len(sheets) and rank == 0:
-        print(f"{len(sheets) - num_left} of {len(sheets)} prompts are drawn already; --overwrite draws them "
-              "anew", file=sys.stderr)
-    for sheet in done:
-        show(sheet.path)
-
+    if args.prompts is not None:
+        sheets = outputs.plan(inputs.pop("prompts"), *planned)
+    elif args.reconstruct:
+        words = "reconstructed" if args.prompt == DESCRIBE else args.prompt
+        sheets = outputs.plan_single(args.prompt, *planned, overwrite=args.overwrite,
+                                     words=f"{args.image.stem} {words}")
+        if rank == 0:
+            say_what_is_seen(inputs["like"], args.image, settings["size"])
+    else:
+        sheets = outputs.plan_single(args.prompt, *planned, overwrite=args.overwrite)
     sampling = {field.name: settings[field.name] for field in fields(Sampling)}
-    waiting = Counter(sheet.path for sheet, _ in jobs)              # pictures to be drawn, by sheet
-    for sheet in left:
-        if not waiting[sheet.path]:                                 # only the grid is missing
-            show(sheet.finish())
 
     @cache
     def padded_length(prompt):
         return generation_prompts(model, [prompt], settings["cfg"], PROMPT_BLOCK)[0].shape[1]
-    cut = outputs.batches(jobs, args.batch_size, padded_length)
-    for batch in tqdm(cut, desc="batches", disable=None if len(cut) > 1 else True):
-        prompts = [picture.prompt for _, picture in batch]
-        seeds = [picture.seed for _, picture in batch]
-        try:
-            images = model.generate_image(prompts, size=size, seed=seeds, progress=True, **sampling, **inputs)
-        except (RuntimeError, MemoryError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
-                raise
-            height, width = settings["size"]
-            raise ValueError(f"not enough memory for {len(batch)} images of {height}x{width} pixels at once; "
-                             "lower --batch-size or --size") from None
-        for (sheet, picture), image in zip(batch, images):
-            save_png(picture.path, image, **picture.texts)
-            waiting[sheet.path] -= 1
-            if not waiting[sheet.path]:
-                show(sheet.finish())
+
+    def draw_batch(pictures):
+        prompts = [picture.prompt for picture in pictures]
+        seeds = [picture.seed for picture in pictures]
+        return model.generate_image(prompts, size=size, seed=seeds, progress=True, **sampling, **inputs)
+    draw_sheets(sheets, draw_batch, settings, args, padded_length=padded_length)
 
 
 # ---- answer --------------------------------------------------------------------------------------
@@ -240,6 +246,9 @@ def main(argv=None):
         check_flags(args)
         size = parse_size(args.size)
         sampling_settings(args)
+        if args.classes is not None:
+            by_class.draw(args, size, sampling_settings)
+            return
         inputs = open_inputs(args)
         device = choose_device(args.device)
         dtype = DTYPES[args.dtype] if args.dtype != "auto" else choose_dtype(args.model, device)

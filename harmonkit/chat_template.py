@@ -16,6 +16,7 @@ START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 USER, ASSISTANT = f"{START}user\n", f"{START}assistant\n"
 GENERATE = "Generate an image: {caption}"
 UNCONDITIONAL = "Generate an image."                # of classifier-free guidance
+DESCRIBE = "Describe the image."                    # the request about an image that has no other
 LOCK = Lock()                                       # of a tokenizer's settings
 
 

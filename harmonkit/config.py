@@ -57,6 +57,8 @@ LLM_FIXED = {
 LLM_WIDTHS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 MAR_FIXED = {"patch_size": (1,), "qkv_bias": (True,)}
 MOST = 10 ** 7                          # of any size
+IS_MAR = ("a MAR checkpoint, no Harmon model: sample.py --classes draws from it, and train.py --init-mar "
+          "starts a Harmon from it")
 
 
 def named_size(table: dict, name: str):
@@ -87,6 +89,8 @@ class HarmonConfig:
     @classmethod
     def from_json(cls, content: dict, source="config.json") -> "HarmonConfig":
         """The content of a config.json, ours or Hugging Face's. Raises ValueError that names `source`."""
+        if isinstance(content, dict) and "mar" in content and "llm" not in content:
+            raise ValueError(f"{source}: {IS_MAR}")
         try:
             llm, mar = read_llm(content["llm"]), read_mar(content["mar"])
             scale = read_number("vae_scale", content.get("vae_scale", cls.vae_scale), float)
@@ -258,6 +262,9 @@ def infer_config(tensors: dict, source) -> HarmonConfig:
         llm_width = tensors["llm.model.embed_tokens.weight"].shape[1]
         mar_width = tensors["mar.z_proj.weight"].shape[0]
     except KeyError as error:
+        has_llm = any("llm." in name for name in tensors)
+        if not has_llm and any(name.endswith("z_proj.weight") for name in tensors):
+            raise ValueError(f"{source}: {IS_MAR}") from None
         raise ValueError(f"{source}: no {error} in it, so this is not a Harmon checkpoint; a Hugging Face "
                          "folder is given as the folder, a VAE as vae=") from None
     for name in ("harmon-0.5b", "harmon-1.5b"):

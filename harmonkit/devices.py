@@ -54,13 +54,18 @@ def choose_device(name=None) -> torch.device:
     return device
 
 
-def choose_dtype(path, device) -> torch.dtype:
-    """The dtype of `--dtype auto`: bfloat16; float32 on CPUs for models below 1 GB or without AVX-512."""
+def choose_dtype(path, device, num_bytes=None) -> torch.dtype:
+    """The dtype of `--dtype auto`: bfloat16; float32 on CPUs for models below 1 GB or without AVX-512.
+
+    num_bytes: of the weights; default the size of the files, which may hold more than the weights.
+    """
     if device.type != "cpu":
         return torch.bfloat16
-    path = find_model(path)
-    files = [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")] if path.is_dir() else [path]
-    is_small = sum(file.stat().st_size for file in files) < 10 ** 9
+    if num_bytes is None:
+        path = find_model(path)
+        files = [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")] if path.is_dir() else [path]
+        num_bytes = sum(file.stat().st_size for file in files)
+    is_small = num_bytes < 10 ** 9
     has_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if has_bfloat16 and not is_small else torch.float32
 

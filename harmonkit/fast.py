@@ -28,7 +28,8 @@ MODES = ("auto", "eager", "packed", "compiled")
 
 
 def accelerate(model, mode: str):
-    """Put a mode's fast paths on a Harmon, in place, for inference; results change by rounding. Returns it.
+    """Put a mode's fast paths on a Harmon or a MAR with its VAE, in place, for inference. Results change by
+    rounding. Returns it.
 
     All but eager batch the modulations; auto also packs the weights where that measured faster, packing time
     included. Raises ValueError for an unknown mode, or for packed where weights cannot be packed.
@@ -39,16 +40,19 @@ def accelerate(model, mode: str):
         batch_modulations(model.mar.diffloss)
     if mode == "auto" and packable(model.device, model.dtype):
         # Products of a narrow float32 model take less time than the call to oneDNN.
-        pays = model.dtype == torch.bfloat16 or model.config.llm.hidden_size >= 512
+        llm_config = getattr(model.config, "llm", None)
+        width = llm_config.hidden_size if llm_config else model.config.mar.embed_dim
+        pays = model.dtype == torch.bfloat16 or width >= 512
         mode = "packed" if pays else mode
     if mode != "eager" and model.device.type == "cuda":
         patch_attention(model.device)
     if mode == "packed":
         pack(model)
     if mode == "compiled":
+        layers = model.llm.model.layers if hasattr(model, "llm") else []
         # Each layer of the cache counts as one recompilation.
-        torch._dynamo.config.recompile_limit = 4 * len(model.llm.model.layers)
-        for block in (*model.mar.encoder_blocks, *model.mar.decoder_blocks, *model.llm.model.layers):
+        torch._dynamo.config.recompile_limit = max(8, 4 * len(layers))
+        for block in (*model.mar.encoder_blocks, *model.mar.decoder_blocks, *layers):
             block.compile(dynamic=True)                                     # lengths change from step to step
         compiled = torch.compile(modulated_net, dynamic=True)
         batch_modulations(model.mar.diffloss, compiled)
@@ -148,9 +152,10 @@ def pack(model):
     if not packable(model.device, model.dtype):
         raise ValueError("weights are packed in float32 and bfloat16 on x86 processors; these are "
                          f"{model.dtype} on {model.device}")
+    embedding = model.llm.model.embed_tokens.weight if hasattr(model, "llm") else None
     for module in list(model.modules()):
         if type(module) is nn.Linear:
-            packed_linear(module, shares_weight=module.weight is model.llm.model.embed_tokens.weight)
+            packed_linear(module, shares_weight=module.weight is embedding)
         elif type(module) is llm.MLP:
             module.__class__ = PackedSwiGLU
         elif type(module) is mar.MLP:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from harmonkit.devices import from_first_process
 from harmonkit.images import image_grid, open_image, png_texts, save_png
 from harmonkit.prompts import Prompt, slug
+from harmonkit.reconstruction import beside
 
 # Settings that do not change a picture, or that digests stand for.
 NOT_COMPARED = ("model", "version", "torch", "image", "mask")
@@ -39,6 +41,7 @@ class Sheet:
     """The pictures of one prompt, and their grid if there are several."""
     pictures: tuple
     grid: Picture | None
+    original: Image.Image | None = None     # stands in the grid beside the pictures that are drawn like it
 
     @property
     def path(self) -> Path:
@@ -52,7 +55,10 @@ class Sheet:
         """Write the grid from the pictures' files. Returns the path to show."""
         if self.grid is not None:
             images = [open_image(picture.path) for picture in self.pictures]
-            save_png(self.grid.path, image_grid(images), **self.grid.texts)
+            grid = image_grid(images)
+            if self.original is not None:
+                grid = beside(self.original, grid, images[0].size[::-1])
+            save_png(self.grid.path, grid, **self.grid.texts)
         return self.path
 
 
@@ -63,8 +69,11 @@ def image_seed(seed, prompt_index, sample_index):
     return seed + 100_000 * prompt_index + sample_index
 
 
-def plan(prompts, per_prompt, seed, settings, folder) -> list:
-    """A Sheet for each Prompt. settings: a dictionary for JSON. Raises ValueError if two files are one."""
+def plan(prompts, per_prompt, seed, settings, folder, original=None) -> list:
+    """A Sheet for each Prompt. settings: a dictionary for JSON. original: a picture that is drawn anew.
+
+    Raises ValueError if two files are one.
+    """
     about = json.dumps(settings)
     about_grid = json.dumps(settings | {"pictures": per_prompt})
     sheets = []
@@ -76,7 +85,7 @@ def plan(prompts, per_prompt, seed, settings, folder) -> list:
         grid = None
         if per_prompt > 1:
             grid = Picture(folder / f"{prompt.name}.png", prompt.text, pictures[0].seed, about_grid)
-        sheets.append(Sheet(tuple(pictures), grid))
+        sheets.append(Sheet(tuple(pictures), grid, original))
     paths = set()
     for sheet in sheets:
         for file in sheet.files:
@@ -86,11 +95,11 @@ def plan(prompts, per_prompt, seed, settings, folder) -> list:
     return sheets
 
 
-def plan_single(text, *arguments, overwrite) -> list:
-    """`plan` for one prompt, under its own words, or under words_2, words_3, … if other pictures have the
-    name.
+def plan_single(text, *arguments, overwrite, words=None) -> list:
+    """`plan` for one prompt, under its own words or the given ones, or under words_2, words_3, … if other
+    pictures have the name.
     """
-    name, number = slug(text), 1
+    name, number = slug(words or text), 1
     while True:
         sheets = plan([Prompt(text, name if number == 1 else f"{name}_{number}")], *arguments)
         if overwrite or not any(state(file) == "other" for file in sheets[0].files):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from harmonkit import inpainting
+from harmonkit import inpainting, reconstruction
 from harmonkit.chat_template import END, GENERATE, UNCONDITIONAL, pad, prompt_ids
 from harmonkit.checkpoints import first_not_finite, is_finite
 from harmonkit.images import image_to_pixels, pad_to_square, pixels_to_images
@@ -70,15 +70,18 @@ def check_attention(model, *parts):
 
 # ---- text -> images ------------------------------------------------------------------------------
 
-def generation_prompts(model, prompts, cfg, multiple=1) -> tuple:
+def generation_prompts(model, prompts, cfg, multiple=1, num_image_tokens=0) -> tuple:
     """input_ids and attention_mask (rows, L) of prompts; with guidance as many unconditional rows follow.
 
-    L is a multiple of `multiple`.
+    L is a multiple of `multiple`. num_image_tokens > 0: the prompts are requests about an image of that many
+    tokens, which the unconditional rows do not show.
     """
-    texts = [GENERATE.format(caption=prompt.strip()) for prompt in prompts]
+    template = "{caption}" if num_image_tokens else GENERATE
+    texts = [template.format(caption=prompt.strip()) for prompt in prompts]
+    rows = [prompt_ids(model.tokenizer, text, num_image_tokens=num_image_tokens) for text in texts]
     if cfg != 1:
-        texts += [UNCONDITIONAL] * len(prompts)
-    return pad(model.tokenizer, [prompt_ids(model.tokenizer, text) for text in texts], multiple)
+        rows += [prompt_ids(model.tokenizer, UNCONDITIONAL)] * len(prompts)
+    return pad(model.tokenizer, rows, multiple)
 
 
 def seeds_of(seed, count) -> list:
@@ -98,28 +101,41 @@ def seeds_of(seed, count) -> list:
 
 
 @torch.no_grad()
-def generate_image(model, prompts, *, size=None, seed=0, cfg=3.0, image=None, mask=None, **sampling) -> list:
+def generate_image(model, prompts=None, *, size=None, seed=0, cfg=3.0, image=None, mask=None, like=None,
+                   **sampling) -> list:
     """Draw one PIL image for each prompt.
 
     prompts: a string or a list. size: pixels, a number or (H, W), multiples of the VAE's stride. seed: a
     whole number, image i then uses seed + i; or a list with one for each image. An image depends on its
     prompt and seed, not on its batch. image with mask: redraw the image where the mask marks it, keep its
     other pixels exactly (inpainting); PIL images, paths or arrays, see `images.as_image` and `as_mask`. The
-    results then have the image's size, and `size` only says about how many pixels are drawn. sampling:
-    num_iter, cfg_schedule, temperature, solver, progress, … of `Harmon.sample`.
+    results then have the image's size, and `size` only says about how many pixels are drawn. like: a picture
+    that the model looks at and draws anew, or a list with one for each prompt; its middle is seen, in the
+    proportions of `size`. Its prompts are requests about it. Left out, they are the one that reconstruction
+    alignment trains; others are untrained. sampling: num_iter, cfg_schedule, temperature, solver, progress, …
+    of `Harmon.sample`.
     Raises ValueError for an empty prompt, an impossible size, settings outside their ranges, a mask that
     marks nothing or has another shape than the image, or weights that are not finite.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if like is not None:
+        if image is not None or mask is not None:
+            raise ValueError("like goes with neither image nor mask: it is looked at and drawn anew whole")
+        prompts, pictures = reconstruction.prompts_and_pictures(prompts, like)
+    prompts = [prompts] if isinstance(prompts, str) else list(() if prompts is None else prompts)
     if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
         raise ValueError("a prompt is empty; say what to draw")
     seeds = seeds_of(seed, len(prompts))
     if (image is None) != (mask is None):
         raise ValueError("image and mask go together: the mask says which part of the image is redrawn")
     grid = token_grid(model, size)
-    input_ids, attention_mask = generation_prompts(model, prompts, cfg, PROMPT_BLOCK)
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     settings = dict(cfg=cfg, generator=generators, **sampling)
+    num_image_tokens = 0
+    if like is not None:
+        with evaluation_mode(model):
+            settings["z_enc"] = reconstruction.features(model, pictures, grid)          # (B, N+n, H)
+        num_image_tokens = settings["z_enc"].shape[1]
+    input_ids, attention_mask = generation_prompts(model, prompts, cfg, PROMPT_BLOCK, num_image_tokens)
     if image is None:
         return pixels_to_images(model.sample(input_ids, attention_mask, grid=grid, **settings))
     picture, mask = inpainting.picture_and_mask(image, mask)

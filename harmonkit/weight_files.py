@@ -8,9 +8,12 @@ Damage: torch.save stores a checksum of each tensor, and it is compared. Safeten
 refused, but weights that changed on the disk, or a hole of zeros, cannot be seen.
 """
 import argparse
+import io
 import os
+import pickletools
 import re
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -28,6 +31,8 @@ if not BUNDLED.is_dir():
 # What a folder of weights holds, the first that is there. The order is that of Hugging Face's transformers.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
            "pytorch_model.bin", "pytorch_model.bin.index.json")
+NEEDED = re.compile(r"torch\.((_utils|_tensor|storage|serialization)\.)?\w+|"      # in a pickle of tensors
+                    r"collections\.OrderedDict|argparse\.Namespace")
 WRAPPERS = ("model_ema", "model", "state_dict", "model_state_dict", "module")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WEIGHT_SUFFIXES = {".pth", ".pt", ".ckpt", ".bin", ".safetensors"}
@@ -169,7 +174,7 @@ def read_pickle(path) -> dict:
     is_state = isinstance(content, dict) and content and all(isinstance(name, str) for name in content)
     if not is_state or not all(map(torch.is_tensor, content.values())):
         raise ValueError(f"{path}: expected a dictionary of tensors, possibly under 'model' or 'model_ema'")
-    return content
+    return {name: tensor.detach() for name, tensor in content.items()}      # averages may be nn.Parameters
 
 
 def load_pickle(path):
@@ -180,19 +185,60 @@ def load_pickle(path):
     try:
         # Training scripts save their arguments too; a Namespace is as harmless as a dictionary.
         with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
-            return torch.load(file if has_wrong_name else path, **flags)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                             # of protocols, in several lines
+                return torch.load(file if has_wrong_name else path, **flags)
     except Exception as error:  # torch raises many types for a broken file
         text = str(error)
     # Not torch's own words: they advise to load without weights_only.
     wanted = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", text)
+    wanted = wanted[1] if wanted else refused_class(path)
     if wanted:
-        reason = (f"it asks for {wanted[1][:80]}; only tensors, numbers, texts, lists and dictionaries are "
+        reason = (f"it asks for {wanted[:80]}; only tensors, numbers, texts, lists and dictionaries are "
                   "read, because anything else can run code; save the state_dict alone")
     elif "Weights only" in text:
         reason = "a pickle of another kind, or damaged; save the state_dict with torch.save"
     else:
         reason = "cut off or damaged; download or write it again"
     raise ValueError(f"{path}: not a torch checkpoint of plain tensors ({reason})")
+
+
+def refused_class(path) -> str | None:
+    """The first class or function that a pickle asks for and a checkpoint has no need of, as module.name.
+
+    Runs nothing of the pickle. torch names none in pickles of protocol 4, which it does not read.
+    """
+    try:
+        with open(path, "rb") as file:
+            if not zipfile.is_zipfile(path):
+                return first_refused(file)
+            with zipfile.ZipFile(file) as archive:
+                name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+                return first_refused(io.BytesIO(archive.read(name)))
+    except (ValueError, OSError, StopIteration, zipfile.BadZipFile):
+        return None
+
+
+def first_refused(file) -> str | None:
+    """`refused_class` of an open file of pickles."""
+    try:
+        while True:                                     # old files are several pickles, one after the other
+            texts, memo = [], []
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name in ("BINGET", "LONG_BINGET") and argument < len(memo):
+                    texts.append(memo[argument])
+                elif opcode.name == "GLOBAL":
+                    texts += argument.split(" ", 1)
+                elif isinstance(argument, str):
+                    texts.append(argument)
+                elif opcode.name == "MEMOIZE":
+                    memo.append(texts[-1] if texts else "")
+                if opcode.name in ("GLOBAL", "STACK_GLOBAL"):
+                    wanted = ".".join(texts[-2:])
+                    if not NEEDED.fullmatch(wanted):
+                        return " ".join(re.sub(r"[^\w.]", " ", wanted).split())
+    except ValueError:                                                      # at its end, or cut off
+        return None
 
 
 def check_zip(path) -> bool:

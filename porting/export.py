@@ -32,15 +32,16 @@ except ImportError as error:
     print(f"export.py: {error}; run `pip install -e .` in the project's root first", file=sys.stderr)
     sys.exit(2)
 
-PASSES = ("understand", "generate", "train", "gradients", "resize")
-SETTINGS = dict(prompt="three blue stars", question="Describe the image.", answer="a red circle", num_iter=4,
-                cfg=3.0, temperature=0.9, max_new_tokens=16, seed=0)
+PASSES = ("understand", "generate", "train", "gradients", "resize", "class")
+SETTINGS = dict(prompt="three blue stars", label=1, question="Describe the image.", answer="a red circle",
+                num_iter=4, cfg=3.0, temperature=0.9, max_new_tokens=16, seed=0)
 SKIPPED = re.compile("|".join((                                         # of repeated parts, all but the first
     r"(layers|_blocks)\.[1-9]\d*\.(?!in$|out$|self_attn\.[kv]$)",
     r"(step|train|token(?!0/)).*layers\.[1-9]\d*\.self_attn\.",         # except for the cache of the prompt
     r"vae\.(?!encoder\.down\.0\.block\.0\.).*((block|attn)\.|mid\.block_)\d\.(?!in$|out$)",
     r"step(?!1/).*diffloss\.(?!drawn)",
     r"/t(?!999/)\d+/mar\.diffloss\.net\.",
+    r"class/vae\.",                                                     # as in generate/
     r"token(?![01]/)\d")))
 
 
@@ -117,6 +118,9 @@ def run(p, tokenizer, batches, image, settings, passes=PASSES):
         g = p.config["mar"]["img_size"] // p.config["mar"]["vae_stride"]
         for stage in ("encoder", "decoder", "diffusion"):
             port.position_embedding(p.at("resize").mar, f"{stage}_pos_embed_learned", (g + 1, g + 3))
+    if "class" in passes:
+        options = {name: settings[name] for name in ("seed", "num_iter", "cfg", "temperature")}
+        port.generate_class(p.at("class"), settings["label"], **options)
 
 
 def gradients(model, batches):

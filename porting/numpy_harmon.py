@@ -1,6 +1,7 @@
 """Harmon in NumPy alone: the whole model and its losses, top to bottom, with nothing hidden in a library.
 
     python porting/numpy_harmon.py "three blue stars" --out x.png --seed 0          # text to image
+    python porting/numpy_harmon.py --class 3 --out x.png                            # by class, MAR alone
     python porting/numpy_harmon.py --image x.png --ask "What color is the star?"    # image to text
 
     pixels --VAE--> latents --MAR encoder--> x_enc --proj_in--> z_enc --LLM, after the prompt--> z_llm
@@ -242,10 +243,15 @@ def kept(p, mask):                                                      # (B, N)
     return np.pad(~mask, ((0, 0), (p.config["mar"]["buffer_size"], 0)), constant_values=True)
 
 @shown("x_enc")
-def mar_encode(p, tokens, mask, grid):
-    """tokens (B, N, C), mask (B, N) with equally many hidden in each row -> (B, n+V, D), buffers first."""
+def mar_encode(p, tokens, mask, grid, labels=None):
+    """tokens (B, N, C), mask (B, N) with equally many hidden in each row -> (B, n+V, D), buffers first.
+
+    labels (B,): the classes that the buffers hold, -1 = none; None in Harmon.
+    """
     B, D = len(tokens), p.fake_latent.shape[1]
     buffers = np.tile(p.fake_latent, (B, p.config["mar"]["buffer_size"], 1))
+    if labels is not None:
+        buffers[labels >= 0] = p.class_emb.weight[labels[labels >= 0], None]
     x = np.concatenate([buffers, linear(p.z_proj, tokens)], axis=1)     # (B, n+N, D)
     x = layer_norm(p.z_proj_ln, x + position_embedding(p, "encoder_pos_embed_learned", grid))
     x = x[kept(p, mask)].reshape(B, -1, D)                              # (B, n+V, D): hidden ones are dropped
@@ -421,6 +427,36 @@ def sample(p, input_ids, attention_mask, orders, noise, grid, num_iter, cfg, tem
         step.show("tokens", tokens)
     return decode(p, tokens.reshape(B, *grid, C))
 
+@shown()
+def sample_classes(p, labels, orders, noise, grid, num_iter, cfg, temperature):
+    """MAR alone: labels (B,), -1 = no class -> pixels (B, 3, s·h, s·w). orders, noise: as in `sample`.
+
+    Guidance is linear: it grows from 1 as tokens become visible.
+    """
+    B, N, _, C = noise.shape
+    rank = orders.argsort(axis=1)
+    tokens = np.zeros((B, N, C), np.float32)
+    masked = p.show("masked", np.array(mask_schedule(N, num_iter)))
+    classes = np.concatenate([labels, np.full_like(labels, -1)])        # (2B,)
+    for k in range(1, num_iter + 1):
+        hidden, after = (rank < count for count in masked[k - 1:k + 1])     # (B, N), (B, N)
+        new = hidden & ~after
+        if not new.any():
+            continue
+        # The halves differ in what their buffers hold, so both are encoded.
+        step = p.at(f"step{k}")
+        rows = np.tile(step.show("mask", hidden), (2, 1))
+        x_enc = mar_encode(step.mar, np.tile(tokens, (2, 1, 1)), rows, grid, classes)   # (2B, n+V, D)
+        z = mar_decode(step.mar, x_enc, rows, grid)                     # (2B, N, D)
+        # The mask after the step weighs, and the last step counts one masked token.
+        weight = step.show("weight", np.float32(1 + (cfg - 1) * (N - max(1, masked[k])) / N))
+        step.show("new_tokens", np.nonzero(new)[1].reshape(B, -1))
+        tokens = tokens.copy()
+        z = z[np.tile(new, (2, 1))]                                     # (2M, D)
+        tokens[new] = sample_tokens(step.mar.diffloss, z, noise[new], weight, temperature)
+        step.show("tokens", tokens)
+    return decode(p, tokens.reshape(B, *grid, C))
+
 def look(p, latents):                                                   # (B, h, w, C) -> z_enc (B, N+n, H)
     B, h, w, C = latents.shape
     _, z_enc = see(p, latents.reshape(B, h * w, C), np.zeros((B, h * w), bool), (h, w))
@@ -531,6 +567,19 @@ def generate_image(p, tokenizer, prompt, *, seed=0, num_iter=None, cfg=3.0, temp
     pixels = sample(p, input_ids, attention_mask, orders, noise, (g, g), num_iter, cfg, temperature)
     return to_picture(p, pixels)
 
+def generate_class(p, label, *, seed=0, num_iter=None, cfg=3.0, temperature=1.0):
+    config = p.config["mar"]
+    if not -1 <= label < config["class_num"]:
+        raise ValueError(f"class {label}: there are 0 to {config['class_num'] - 1}, and -1 for none")
+    rng = np.random.default_rng(seed)
+    g = config["img_size"] // config["vae_stride"]
+    labels = p.show("labels", np.array([label]))
+    orders = p.show("orders", rng.permutation(g * g)[None])
+    size = (1, g * g, int(config["num_sampling_steps"]), config["vae_embed_dim"])
+    noise = p.show("noise", rng.standard_normal(size, np.float32))
+    num_iter = num_iter or min(256, g * g)                              # as a rule one token a step
+    return to_picture(p, sample_classes(p, labels, orders, noise, (g, g), num_iter, cfg, temperature))
+
 def chat(p, tokenizer, image, question, max_new_tokens=1024):
     # The image centred on a grey square, so that nothing is cut off.
     side = max(image.size)
@@ -555,16 +604,25 @@ def main(argv=None):
     add = parser.add_argument
     add("prompt", nargs="?", help="what to draw")
     add("--model", default="harmon-tiny", help="bundled, or a folder written by harmonkit.scripts.convert")
+    add("--class", dest="label", type=int, metavar="N", help="instead: a class, by MAR alone; -1 = none")
     add("--out", default="out.png", help="the image's file (default: %(default)s)")
     add("--seed", type=int, default=0)
-    add("--num-iter", "--steps", type=int, help="steps (default: 64, at most a quarter of the image tokens)")
+    add("--num-iter", "--steps", type=int, help="steps (default: 64, at most a quarter of the image tokens; "
+                                                "with --class one a token)")
     add("--cfg", type=float, default=3.0, help="guidance (default: %(default)s)")
     add("--image", help="the image that --ask is about")
     add("--ask", metavar="QUESTION")
     args = parser.parse_args(argv)
     try:
-        if (args.ask is None) != (args.image is None) or (args.ask is None) == (args.prompt is None):
-            raise ValueError("give a prompt to draw, or --image with --ask")
+        given = [args.prompt, args.ask, args.label]
+        if (args.ask is None) != (args.image is None) or given.count(None) != 2:
+            raise ValueError("give a prompt to draw, or --class, or --image with --ask")
+        if args.label is not None:
+            p, _ = load(args.model, by_class=True)
+            picture = generate_class(p, args.label, seed=args.seed, num_iter=args.num_iter, cfg=args.cfg)
+            Image.fromarray(picture).save(args.out)
+            print(args.out)
+            return
         p, folder = load(args.model)
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         if args.ask is not None:

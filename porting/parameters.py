@@ -35,9 +35,15 @@ def read_safetensors(path):
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
 
 
-def load(model):
-    """A bundled model, or a folder with config.json and model*.safetensors -> the root Part, the folder."""
+def load(model, by_class=False):
+    """A bundled model, or a folder with config.json and model*.safetensors -> the root Part, the folder.
+
+    by_class: a MAR that draws by class. A Harmon folder holds it in the folder mar, without a VAE of its own.
+    """
     folder = BUNDLED / model if (BUNDLED / model).is_dir() else Path(model)
+    if by_class and (folder / "mar" / "config.json").is_file():
+        whole, (own, _) = load(folder)[0], load(folder / "mar")
+        return Part(whole.weights | own.weights, own.config), folder
     files = sorted(folder.glob("model*.safetensors"))
     how = "python -m harmonkit.scripts.convert writes a complete folder from any weights"
     if not files:

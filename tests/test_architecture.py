@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = ("harmon", "mar", "llm", "vae", "diffusion_head", "sample", "train")
 PACKAGES = {"torch", "numpy", "safetensors", "tokenizers", "PIL", "tqdm"}       # as they are imported
 CORE = ("chat_template", "config", "tokenizer", "weight_files", "checkpoints", "pipeline", "images", "colors",
-        "inpainting", "devices", "fast", "repeatable", "prompts", "outputs", "terminal",
-        "interrupts")
+        "inpainting", "reconstruction", "devices", "fast", "repeatable", "prompts", "outputs", "drawing",
+        "terminal", "interrupts", "mar_files")
 
 # Rooms from the bottom up. A module belongs to the longest name here that is its own or a package around it.
 LEVELS = (
@@ -22,7 +22,7 @@ LEVELS = (
     tuple(f"harmonkit.{module}" for module in CORE),
     ("harmon", "harmonkit.shapes_world"),
     ("harmonkit.data", "harmonkit.evals"),
-    ("harmonkit.training",),
+    ("harmonkit.training", "harmonkit.by_class"),
     ("sample", "train"),
     ("harmonkit.scripts",),                                     # ablate runs train.py
 )

@@ -41,7 +41,7 @@ class Watch:
     def hook(self, name):
         def see(module, args, out):
             # In generation the steps of the diffusion head have places of their own.
-            if not (name.startswith("mar.diffloss") and self.place.startswith("generate")):
+            if not (name.startswith("mar.diffloss") and self.place.startswith(("generate", "class"))):
                 self.keep(f"{name}.in", args[0])
                 self.keep(f"{name}.out", out)
         return see
@@ -108,6 +108,28 @@ def generate(model, watch, given, settings):
     watch.keep("picture", pixels_to_images(pixels)[0])
 
 
+def draw_class(model, watch, given, settings):
+    """MAR alone. Orders and noise are the vectors'."""
+    K = settings["num_iter"]
+    noise = given["class/noise"][0].transpose(0, 1)                         # (S, N, C)
+    new_tokens = [given[f"class/step{k}/new_tokens"][0] for k in range(1, K + 1)]
+    draws = itertools.chain.from_iterable(noise[:, tokens] for tokens in new_tokens)
+    mar = model.mar
+    places = (f"class/step{k}/" for k in range(1, K + 1))
+    mar.encode = watch.placed(watch.kept(mar.encode, "mar.x_enc"), places)
+    mar.decode = watch.kept(mar.decode, "mar.z")
+    watch.place = "class/"
+    labels = watch.keep("labels", torch.tensor([settings["label"]]))
+    latents = mar.sample(
+        labels, num_iter=K, cfg=settings["cfg"], temperature=settings["temperature"],
+        orders=given["class/orders"], noise_fn=lambda shape: next(draws),
+        on_step=lambda k, tokens, mask: watch.keep("tokens", tokens.flatten(1, 2)))
+    del mar.encode, mar.decode
+    watch.place = "class/"
+    pixels = watch.keep("decoded", model.decode(latents))
+    watch.keep("picture", pixels_to_images(pixels)[0])
+
+
 def train_and_resize(model, watch, batches):
     for task, loss in (("text2image", model.text2image_loss), ("image2text", model.image2text_loss)):
         watch.place = f"train/{task}/"
@@ -126,13 +148,16 @@ def test_torch_computes_what_the_port_does(config, tmp_path):
     else:
         (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
         model = export.random_model(tmp_path)
-    export.export(model, tmp_path, origin="test", passes=("understand", "generate", "train", "resize"))
+    passes = ("understand", "generate", "train", "resize", "class")
+    export.export(model, tmp_path, origin="test", passes=passes)
     index = json.loads((tmp_path / "index.json").read_text())
     vectors = read_safetensors(tmp_path / "vectors.safetensors")
     settings = index["settings"]
     watch = Watch(model)
     understand(model, watch, settings)
-    generate(model, watch, {name: torch.from_numpy(x) for name, x in vectors.items()}, settings)
+    given = {name: torch.from_numpy(x) for name, x in vectors.items()}
+    generate(model, watch, given, settings)
+    draw_class(model, watch, given, settings)
     train_and_resize(model, watch, export.training_batches(model, world.render(world.scene(0, 0)), settings))
 
     results = compare.compare(index, vectors, watch.tensors)
@@ -142,6 +167,8 @@ def test_torch_computes_what_the_port_does(config, tmp_path):
     joints += [f"generate/step{k}/{name}" for k in (1, 4) for name in ("x_dec", "mar.z", "tokens")]
     joints += [f"{place}/llm.model.norm.out" for place in ("understand/token1", "generate/step2")]
     joints += [f"generate/{name}" for name in ("input_ids", "masked", "decoded", "picture")]
+    joints += [f"class/step{k}/{name}" for k in (1, 4) for name in ("mar.x_enc", "mar.z", "tokens")]
+    joints += ["class/decoded", "class/picture"]
     joints += ["train/text2image/loss", "train/image2text/loss", "resize/mar.encoder_pos_embed_learned"]
     assert set(joints) <= equal, sorted(set(joints) - equal)
     assert len(equal) > 400
@@ -182,12 +209,16 @@ def test_the_command_line_draws_and_answers(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     port.main(["three blue stars", "--out", "x.png", "--seed", "0", "--steps", "2"])
     assert Image.open("x.png").size == (64, 64) and capsys.readouterr().out == "x.png\n"
+    port.main(["--class", "3", "--out", "y.png", "--steps", "2"])
+    assert Image.open("y.png").size == (64, 64) and capsys.readouterr().out == "y.png\n"
     port.main(["--image", "x.png", "--ask", "What color is the star?"])
     assert capsys.readouterr().out.strip()
 
 
 def test_bad_input_is_said_in_one_line(tmp_path, capsys):
-    cases = ((["--ask", "What?"], "--image"), (["a star", "--model", str(tmp_path)], "no model.safetensors"))
+    cases = ((["--ask", "What?"], "--image"), (["--class", "150"], "there are 0 to 149"),
+             (["a star", "--class", "1"], "give a prompt"),
+             (["a star", "--model", str(tmp_path)], "no model.safetensors"))
     for argv, words in cases:
         with pytest.raises(SystemExit) as stop:
             port.main(argv)

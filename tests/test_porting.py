@@ -140,7 +140,7 @@ def test_only_what_is_sampled_is_ill_conditioned(content):
     moved = {about["name"]: about["rounding"] for about in content[0]["tensors"] if "rounding" in about}
     assert moved["resize/mar.encoder_pos_embed_learned"] == 0
     assert 1e-8 < moved["understand/z_enc"] < 1e-4
-    sampled = re.compile(r"/t\d|^generate/(?!prompt|step1/)|/drawn$|/tokens$")
+    sampled = re.compile(r"/t\d|^generate/(?!prompt|step1/)|^class/(?!step1/)|/drawn$|/tokens$")
     others = {name: far for name, far in moved.items() if not sampled.search(name)}
     assert len(others) > 350 and max(others.values()) < 1e-4
 
@@ -215,6 +215,14 @@ BUGS = [
      "generate/step1/t856/mar.diffloss.x", "temperature"),
     ("noise in another order", "noise[:, num_steps - i]", "noise[:, i]",
      "generate/step1/t856/mar.diffloss.x", "in this order"),
+    ("the class in the first buffer only", "buffers[labels >= 0] =", "buffers[labels >= 0, :1] =",
+     "class/step1/mar.z_proj_ln.in", "all n buffers"),
+    ("both halves with the class", "np.concatenate([labels, np.full_like(labels, -1)])",
+     "np.concatenate([labels, labels])", "class/step1/mar.z_proj_ln.in", "encode both halves"),
+    ("the mask before the step weighs", "(N - max(1, masked[k])) / N", "(N - masked[k - 1]) / N",
+     "class/step1/weight", "after the step"),
+    ("the last step reaches w", "(N - max(1, masked[k])) / N", "(N - masked[k]) / N",
+     "class/step4/weight", "never w"),
     ("bound in nats", " / math.log(2)\n", "\n",
      "train/text2image/loss", "bound / ln 2"),
     ("KL turned around", KL, KL_TURNED,
@@ -259,7 +267,7 @@ def test_a_missing_gradient_scale_is_named(model, content, monkeypatch):
 # ---- the document ------------------------------------------------------------------------------------------
 
 def test_every_tensor_that_the_document_names_is_exported(content):
-    told = re.findall(r"`((?:understand|generate|train|resize)/[^`…{[]*[^`/…{[])[`[]", PORTING)
+    told = re.findall(r"`((?:understand|generate|train|resize|class)/[^`…{[]*[^`/…{[])[`[]", PORTING)
     assert len(told) > 15 and set(told) <= set(content[1]), sorted(set(told) - set(content[1]))
 
 

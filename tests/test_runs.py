@@ -6,12 +6,13 @@ from training_helpers import SHORT, SMALL_64, options, run, small_world  # noqa:
 
 import train
 from harmon import Harmon
-from harmonkit import checkpoints
+from harmonkit import checkpoints, mar_files
 from harmonkit.shapes_world.tokenizer import train_tokenizer
+from harmonkit.shapes_world.world import class_names
 from harmonkit.tokenizer import load_tokenizer
 from harmonkit.training.checkpoint_files import checkpoints_of, last_checkpoint, model_from_checkpoint
 from harmonkit.training.recipes import RECIPES, change
-from harmonkit.training.runs import Run, first_model, shapes_source, with_latents
+from harmonkit.training.runs import Run, export, first_model, shapes_source, with_latents
 
 pytestmark = pytest.mark.usefixtures("small_world")
 TEXT = change(SHORT, ratio={"text": 1}, lr={"llm": 1e-3}, batch=2, steps=4)        # the quickest
@@ -40,8 +41,26 @@ def test_stage_1_starts_from_three_files(small, tmp_path):
     state = model.state_dict()
     for key, tensor in small.state_dict().items():
         assert key.startswith("proj") or torch.equal(tensor, state[key]), key
+    torch.save(small.state_dict(), tmp_path / "mar.pth")
+    with pytest.raises(ValueError, match="mar.pth: a Harmon model"):
+        first_model("stage1", RECIPES["stage1"], args)
     with pytest.raises(ValueError, match="stage1 starts from trained weights"):
         first_model("stage1", RECIPES["stage1"], options(tmp_path))
+
+
+def test_a_run_by_class_exports_its_mar_for_drawing_by_class(tmp_path):
+    run(SHORT, tmp_path, name="mar", ratio={"mar": 1}, lr={"mar-decoder": 1e-3}, steps=2, batch=2)
+    export(tmp_path / "mar", tmp_path / "model")
+    drawing = mar_files.load(tmp_path / "model", dtype="float16")
+    harmon = Harmon.from_pretrained(tmp_path / "model", dtype="float16")
+    for part in ("mar", "vae"):
+        expected = getattr(harmon, part).state_dict()
+        for name, tensor in getattr(drawing, part).state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+    assert drawing.config.class_names == tuple(class_names())
+    run(TEXT, tmp_path, name="text", steps=1)
+    export(tmp_path / "text", tmp_path / "other")
+    assert not (tmp_path / "other" / "mar").exists()
 
 
 def test_a_run_keeps_its_own_tokenizer(tmp_path, tokenizer):

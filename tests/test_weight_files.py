@@ -1,6 +1,7 @@
 """Files of weights: every format and wrapping that users have, and what is said of other files."""
 import argparse
 import json
+import pickle
 import re
 import zipfile
 from collections import OrderedDict
@@ -106,11 +107,13 @@ def test_folders_of_pytorch_model_bin(tmp_path, sharded):
     {"state_dict": OrderedDict(TENSORS), "pytorch-lightning_version": "1.4", "hparams": {"a": [1, None]}},
     {"model_state_dict": TENSORS, "optimizer_state_dict": {"state": {}, "param_groups": []}},
     {"module": TENSORS, "ds_version": "0.16"},
-    {name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in TENSORS.items()},
+    {name: torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+     for name, tensor in TENSORS.items()},
 ])
 def test_checkpoints_of_training_scripts(tmp_path, wrapped):
     torch.save(wrapped, tmp_path / "x.ckpt")
-    assert same(read(tmp_path / "x.ckpt"))
+    tensors = read(tmp_path / "x.ckpt")
+    assert same(tensors) and not any(tensor.requires_grad for tensor in tensors.values())
 
 
 # ---- other files -----------------------------------------------------------------------------------------
@@ -157,14 +160,26 @@ class Runs:
     ({"a": np.ones(3)}, r"numpy\S*"),
     ({"a": argparse.Namespace(x=Runs())}, r"(\w+[.])?print"),
 ])
+@pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_refused_pickle_is_told_what_it_asks_for(tmp_path, capsys, content, wanted, zipped):
-    """In the project's words: torch's advise to load it unsafely."""
-    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+@pytest.mark.filterwarnings("error")
+def test_a_refused_pickle_is_told_what_it_asks_for(tmp_path, capsys, content, wanted, zipped, protocol):
+    """In the project's words: torch's advise to load it unsafely, and warn of protocols in several lines."""
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
     message = f"x.pth: not a torch checkpoint of plain tensors .it asks for {wanted}; .* can run code"
     with pytest.raises(ValueError, match=message) as error:
         read(tmp_path / "x.pth")
     assert is_short(error) and "code ran" not in capsys.readouterr().out
+
+
+def test_a_plain_pickle_is_told_what_it_asks_for(tmp_path, capsys):
+    for protocol in (0, 2, 4):
+        with open(tmp_path / "x.pth", "wb") as file:
+            pickle.dump({"model": {"a": 1.0, "b": Runs()}}, file, protocol)
+        message = r"x.pth: (not .*it asks for (\w+[.])?print;|a text, not weights)"
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path / "x.pth")
+    assert "code ran" not in capsys.readouterr().out
 
 
 def test_damaged_pickles_are_named(pth, tmp_path):

@@ -16,7 +16,15 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from harmonkit.chat_template import GENERATE, IGNORE_INDEX, UNCONDITIONAL, end_of_text, pad, training_ids
+from harmonkit.chat_template import (
+    DESCRIBE,
+    GENERATE,
+    IGNORE_INDEX,
+    UNCONDITIONAL,
+    end_of_text,
+    pad,
+    training_ids,
+)
 from harmonkit.config import read_json
 from harmonkit.data.latents import LatentCache
 from harmonkit.data.order import Order, permutation, source_shares
@@ -30,7 +38,6 @@ ANSWERS = ("image2text", "text")                                            # th
 ASKS_IMAGES = ("image2text", "reca")                                        # those with images in the prompt
 WITHOUT_LATENTS = ("text", "reconstruct")                                   # these train on none
 CAPTION_DROP = 0.1                  # fraction of captions and labels left out, for classifier-free guidance
-DESCRIBE = "Describe the image."    # the question about an image that has only a caption
 MAX_BAD = 0.05                      # fraction of a source; more bad samples stop the run
 
 

@@ -5,9 +5,9 @@ A benchmark is a module with `add_arguments(parser)` and `run(args)`; its docstr
 import argparse
 import sys
 
-from harmonkit.evals import shapes
+from harmonkit.evals import classes, reconstruction, shapes
 
-BENCHMARKS = {"shapes": shapes}
+BENCHMARKS = {"shapes": shapes, "classes": classes, "reconstruction": reconstruction}
 
 
 def main(argv=None):

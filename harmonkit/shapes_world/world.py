@@ -217,6 +217,20 @@ def label(scene) -> int:
     return (group * len(COLORS) + COLORS.index(first.color)) * len(SHAPES) + SHAPES.index(first.shape)
 
 
+def combination(label) -> tuple:
+    """(color, shape) of the first thing in scenes of a label."""
+    color, shape = divmod(label % (len(COLORS) * len(SHAPES)), len(SHAPES))
+    return COLORS[color], SHAPES[shape]
+
+
+def class_names() -> list:
+    """The name of each label. Classes of the combinations in HELD_OUT have names but no training scenes."""
+    things = [Thing(color, shape, 0, 0, 1) for color in COLORS for shape in SHAPES]
+    words = [(f"{thing.color} {thing.shape}", f"{thing.color} {plural(thing.shape)}") for thing in things]
+    alike = [one for one, _ in words] + [f"{n} {many}" for n in NUMBERS[2:] for _, many in words]
+    return alike + [f"{one} and another thing" for one, _ in words]
+
+
 def caption(scene, rng, *, style=None) -> str:
     """A caption that is true of the scene. style: "plain" (no color), "color", "position", "color position".
 

@@ -16,6 +16,8 @@ from harmonkit.data.mixture import Fit, MixtureDataset, Source, open_mixture
 from harmonkit.data.order import source_shares
 from harmonkit.data.sources import open_source
 from harmonkit.devices import barrier
+from harmonkit.mar_files import SUBFOLDER, ClassConfig, ClassModel, read_tensors
+from harmonkit.shapes_world import world
 from harmonkit.shapes_world.tokenizer import train_tokenizer
 from harmonkit.tokenizer import load_tokenizer
 from harmonkit.training import changes, record
@@ -226,7 +228,9 @@ def first_model(name, recipe, args) -> Harmon:
     else:
         model = Harmon(HarmonConfig.from_name(recipe.from_scratch))
     for part, path in (("llm", args.init_llm), ("mar", args.init_mar), ("vae", args.vae)):
-        if path:
+        if path and part == "mar":
+            checkpoints.load_strict(model.mar, read_tensors(Path(path))[0], path, dtype=torch.float32)
+        elif path:
             tensors = {key.removeprefix(f"{part}."): p for key, p in checkpoints.read(path).items()}
             checkpoints.load_strict(getattr(model, part), tensors, path, dtype=torch.float32)
     model.llm.tie_weights()
@@ -252,6 +256,11 @@ def model_of_run(folder, wanted_by=None) -> Harmon:
     if wanted_by and content["step"] < steps:
         raise ValueError(f"{folder}: {content['step']} of {steps} steps are done, {wanted_by} needs all; "
                          f"--init {folder} starts from it as it is")
+    return averaged_model(folder, content)
+
+
+def averaged_model(folder, content) -> Harmon:
+    """The averaged weights of a checkpoint's content, with the run's tokenizer."""
     model = model_from_checkpoint(content)
     model.tokenizer = load_tokenizer(folder, model.config.llm.vocab_size)
     return model
@@ -306,6 +315,17 @@ def latent_scale(vae, dataset, count=125) -> float:
 
 
 def export(folder, target):
-    """Write the EMA weights of a run's last checkpoint as a model folder, in half precision."""
-    model = model_of_run(folder)
+    """Write the EMA weights of a run's last checkpoint as a model folder, in half precision.
+
+    After a run by class the folder also holds its MAR alone, for `sample.py --classes`.
+    """
+    _, content = last_checkpoint(folder)
+    model = averaged_model(folder, content)
     model.save_pretrained(target, dtype=torch.float16)
+    if set(content["recipe"]["ratio"]) == {"mar"}:
+        # The MAR draws by class now. It is kept apart, because training with prompts makes it forget.
+        names = tuple(world.class_names()) if model.config.mar.class_num == world.LABELS else ()
+        config = ClassConfig(model.config.mar, model.config.vae, model.config.vae_scale, names)
+        by_class = ClassModel(config)
+        by_class.mar = model.mar
+        by_class.save_pretrained(Path(target) / SUBFOLDER, dtype=torch.float16, with_vae=False)
