@@ -14,25 +14,18 @@
 from harmonkit.interrupts import quits_at_once
 
 with quits_at_once("sample.py"):                    # torch takes seconds to import
-    import re
     import sys
-    from dataclasses import fields
-    from functools import cache
 
-    from harmon import Harmon, Sampling, open_image
-    from harmonkit import by_class, inpainting, outputs, reconstruction
+    from harmon import Harmon, open_image
+    from harmonkit import by_class, drawing, inpainting, outputs, reconstruction
     from harmonkit.chat_template import DESCRIBE
     from harmonkit.devices import DTYPES, choose_device, choose_dtype, rank_and_world_size
-    from harmonkit.drawing import about, draw_sheets
     from harmonkit.fast import MODES, accelerate
     from harmonkit.images import open_mask
-    from harmonkit.pipeline import PROMPT_BLOCK, generation_prompts, token_grid
+    from harmonkit.pipeline import token_grid
     from harmonkit.prompts import check_text, read_prompts
     from harmonkit.repeatable import make_repeatable
     from harmonkit.terminal import Parser, errors_in_one_line, file_path, next_line
-
-MAX_SIDE = 8192                                     # pixels; attention takes memory for every pair of tokens
-MAX_SEED = 2 ** 62
 
 
 def parse_arguments(argv=None):
@@ -109,33 +102,7 @@ def check_flags(args):
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     if (args.num_images or 1) > 100_000:
         raise ValueError(f"--num-images is {args.num_images}; a prompt has seeds for 100000 images")
-    if abs(args.seed) > MAX_SEED:
-        raise ValueError(f"--seed is {args.seed}; it must be a number from -{MAX_SEED} to {MAX_SEED}")
-
-
-def parse_size(text):
-    """HxW or a side -> (H, W); None -> None. Raises ValueError."""
-    if text is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})?", text):
-        raise ValueError(f"--size is {text[:40]!r}; give pixels as 512 or, height first, 512x768")
-    sides = [int(side) for side in text.split("x")]
-    if max(sides) > MAX_SIDE:
-        raise ValueError(f"--size is {text}; a side has at most {MAX_SIDE} pixels")
-    return sides[0], sides[-1]
-
-
-def sampling_settings(args, **defaults):
-    """The Sampling of the flags. defaults: for flags that are not given, instead of Sampling's own. Raises
-    ValueError that names the flag.
-    """
-    given = {field.name: getattr(args, field.name) for field in fields(Sampling)}
-    given = {name: value for name, value in given.items() if value is not None}
-    try:
-        return Sampling(**defaults | given)
-    except ValueError as error:
-        field, message = str(error).split(" ", 1)
-        raise ValueError(f"--{field.replace('_', '-')} {message}") from None
+    drawing.check_seed(args.seed)
 
 
 def open_inputs(args) -> dict:
@@ -164,9 +131,9 @@ def all_settings(model, args, size, inputs) -> dict:
     if "mask" in inputs:
         grid = inpainting.nearest_grid(inputs["image"].size, grid)
     if args.num_iter is None:
-        args.num_iter = min(Sampling.num_iter, -(-grid[0] * grid[1] // 4))
+        args.num_iter = drawing.default_num_iter(grid)
     drawn_size = [side * model.config.vae.stride for side in grid]
-    settings = about(model, sampling_settings(args), drawn_size, args)
+    settings = drawing.about(model, drawing.sampling_settings(args), drawn_size, args)
     if "like" in inputs:
         settings |= {"reconstruct": True, "image": args.image.name,
                      "image_sha256": outputs.file_digest(args.image)}
@@ -199,17 +166,7 @@ def draw(model, args, size, inputs, settings):
             say_what_is_seen(inputs["like"], args.image, settings["size"])
     else:
         sheets = outputs.plan_single(args.prompt, *planned, overwrite=args.overwrite)
-    sampling = {field.name: settings[field.name] for field in fields(Sampling)}
-
-    @cache
-    def padded_length(prompt):
-        return generation_prompts(model, [prompt], settings["cfg"], PROMPT_BLOCK)[0].shape[1]
-
-    def draw_batch(pictures):
-        prompts = [picture.prompt for picture in pictures]
-        seeds = [picture.seed for picture in pictures]
-        return model.generate_image(prompts, size=size, seed=seeds, progress=True, **sampling, **inputs)
-    draw_sheets(sheets, draw_batch, settings, args, padded_length=padded_length)
+    drawing.draw_prompts(model, sheets, size, settings, args, progress=True, **inputs)
 
 
 # ---- answer --------------------------------------------------------------------------------------
@@ -244,10 +201,10 @@ def main(argv=None):
     with errors_in_one_line("sample.py"):
         args = parse_arguments(argv)
         check_flags(args)
-        size = parse_size(args.size)
-        sampling_settings(args)
+        size = drawing.parse_size(args.size)
+        drawing.sampling_settings(args)
         if args.classes is not None:
-            by_class.draw(args, size, sampling_settings)
+            by_class.draw(args, size)
             return
         inputs = open_inputs(args)
         device = choose_device(args.device)

@@ -6,7 +6,7 @@ import re
 from harmonkit import mar_files, outputs
 from harmonkit.data.imagenet import imagenet_classes
 from harmonkit.devices import DTYPES, choose_device, choose_dtype
-from harmonkit.drawing import about, draw_sheets
+from harmonkit.drawing import about, draw_sheets, sampling_settings
 from harmonkit.fast import accelerate
 from harmonkit.outputs import Picture, Sheet, image_seed
 from harmonkit.prompts import slug
@@ -101,10 +101,8 @@ def plan(words, names, num_images, seed, settings, folder) -> tuple:
 
 # ---- draw ------------------------------------------------------------------------------------------------
 
-def draw(args, size, sampling_settings):
-    """The command. args: the flags of sample.py. size: (H, W) or None. sampling_settings: args, defaults ->
-    Sampling. Raises ValueError or OSError.
-    """
+def draw(args, size):
+    """The command. args: the flags of sample.py. size: (H, W) or None. Raises ValueError or OSError."""
     outputs.check_folder(args.out)
     device = choose_device(args.device)
     if args.dtype == "auto":

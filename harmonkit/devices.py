@@ -1,6 +1,8 @@
 """Which device and number format a command runs on, and the processes of torchrun."""
 import os
 import sys
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -8,6 +10,8 @@ import torch.distributed as dist
 from harmonkit.weight_files import find_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+LONGEST_WAIT = timedelta(days=1)                    # of one process for the others, that may draw for hours
 
 SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 
@@ -76,6 +80,22 @@ def barrier():
         dist.barrier()
 
 
+@contextmanager
+def connected():
+    """In this block the processes of torchrun can talk to each other. It changes nothing where they already
+    can, or where there is one process, or no address.
+    """
+    alone = rank_and_world_size()[1] == 1 or "MASTER_ADDR" not in os.environ
+    if alone or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", timeout=LONGEST_WAIT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def from_first_process(compute):
     """compute() of process 0, in all processes of torchrun. If it raises ValueError, the others exit with
     status 2, so that one of them says why.
@@ -94,9 +114,8 @@ def from_first_process(compute):
         except ValueError as raised:
             error = raised
     box = [answer, error is not None]
-    dist.init_process_group("gloo")
-    dist.broadcast_object_list(box)
-    dist.destroy_process_group()
+    with connected():
+        dist.broadcast_object_list(box)
     if error is not None:
         raise error
     answer, has_failed = box

@@ -196,11 +196,11 @@ def batches(jobs, batch_size, padded_length) -> list:
 
 def remove_leftovers(sheets):
     """Delete the temporary files with which a killed process was writing one of these files."""
-    names = {file.path.name for sheet in sheets for file in sheet.files}
-    for folder in {sheet.path.parent for sheet in sheets}:
+    paths = {file.path for sheet in sheets for file in sheet.files}
+    for folder in {path.parent for path in paths}:
         for leftover in folder.glob(".*.png"):
             match = re.fullmatch(r"\.(.+\.png)\.\w{8}\.png", leftover.name)
-            if match and match[1] in names:
+            if match and folder / match[1] in paths:
                 leftover.unlink(missing_ok=True)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 import sample
 from harmon import Harmon
 from harmonkit import outputs
-from harmonkit.evals.shapes import question_scores, reconstruction_psnr
+from harmonkit.evals.world_scores import question_scores, reconstruction_psnr
 from harmonkit.shapes_world import world
 from harmonkit.shapes_world.judge import find
 

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from harmon import Harmon
-from harmonkit.evals.shapes import draw, rendered
+from harmonkit.evals.world_scores import draw, rendered
 from harmonkit.images import pixels_to_images
 from harmonkit.shapes_world import world
 from harmonkit.shapes_world.judge import find

@@ -8,121 +8,80 @@
     python -m harmonkit.evals shapes --losses                 # head loss by masking ratio
 
 "seen" prompts name combinations of color and shape that occur in training, "held-out" prompts one that does
-not. The first two categories name no colors, so they have no held-out half.
+not. The first two categories name no colors, so they have no held-out half. With --out the pictures are kept,
+and a run that was killed goes on. Also with torchrun.
 """
-import json
-import random
+import argparse
+import sys
 import time
 from pathlib import Path
-
-import torch
-from tqdm import tqdm
+from tempfile import TemporaryDirectory
 
 from diffusion_head import SOLVERS
 from harmon import Harmon
-from harmonkit.images import image_to_pixels
-from harmonkit.pipeline import generation_prompts
+from harmonkit.devices import DTYPES, rank_and_world_size
+from harmonkit.evals import pictures
+from harmonkit.evals.benchmark import Result
+from harmonkit.evals.world_scores import (
+    items_of,
+    layouts,
+    masked_losses,
+    mean,
+    question_scores,
+    reconstruction_psnr,
+    shares,
+    verdicts,
+)
+from harmonkit.fast import MODES
+from harmonkit.images import open_image
 from harmonkit.shapes_world import world
-from harmonkit.shapes_world.judge import CATEGORIES, ceiling, correct, find, judge_the_judge, prompts
-from mar import Sampling, random_mask
+from harmonkit.shapes_world.judge import CATEGORIES, ceiling, judge_the_judge
+from mar import Sampling
 
+PSNR_SCENES = 500
 TABLE = f"| K, split | {' | '.join(CATEGORIES)} | overall | time |\n|---|{'---|' * (len(CATEGORIES) + 2)}"
 
 
-def draw(model, captions, batch, seed=0, desc="drawing", **sampling) -> list:
-    """A PIL image for each caption, `batch` at a time; image i has seed + i. sampling: fields of Sampling."""
-    images = []
-    for start in tqdm(range(0, len(captions), batch), desc=desc, disable=None, leave=False):
-        images += model.generate_image(captions[start:start + batch], seed=seed + start, **sampling)
-    return images
+# ---- a drawing benchmark, see pictures.py ----------------------------------------------------------------
+
+PER_PROMPT = 1
+SEED_STRIDE = 1
+SPLITS = ("seen", "held-out")
 
 
-def generation_scores(model, split, count, seed, batch, sheet=None, **sampling) -> tuple:
-    """({category: share correct} over count prompts each, seconds). split: "seen" or "held-out".
-
-    sheet: a PNG to write, with the first 16 pictures of each category.
-    """
-    began = time.time()
-    categories, scenes, captions = zip(*prompts(count, split == "held-out"), strict=True)
-    images = draw(model, captions, batch, seed, f"{split}, {sampling['num_iter']} steps", **sampling)
-    verdicts = list(map(correct, images, scenes, categories))
-    if sheet:
-        pictures = list(zip(images, captions, verdicts, strict=True))
-        world.contact_sheet([p for i, p in enumerate(pictures) if i % count < 16]).save(sheet)
-    scores = {categories[i]: sum(verdicts[i:i + count]) / count for i in range(0, len(verdicts), count)}
-    return scores, time.time() - began
+def read(args) -> list:
+    return [*items_of("seen", args.prompts), *items_of("held-out", args.prompts * 2 // 3)]
 
 
-def layouts(model, count, batch, **sampling) -> tuple:
-    """For captions that leave places open: pictures that show two things, those with one above the other.
-
-    In the world itself it is half of them.
-    """
-    captions = [caption for category, _, caption in prompts(count, False) if category == "attribution"]
-    found = [find(image) for image in draw(model, captions, batch, **sampling)]
-    pairs = [things for things in found if len(things) == 2]
-    return len(pairs), sum(abs(a.y - b.y) > abs(a.x - b.x) for a, b in pairs)
+def seed_number(number, item) -> int:
+    """The seeds of each split begin with the first one."""
+    return item.fields["i"]
 
 
-def question_scores(model, count) -> tuple:
-    """({type: share answered exactly}, number of questions) over count scenes, one question of each type.
-
-    Every second scene has a held-out combination; the shares of both halves are given too.
-    """
-    verdicts, halves = {}, {}
-    for i in tqdm(range(count), desc="questions", disable=None, leave=False):
-        split = "held-out" if i % 2 else "seen"
-        scene = world.scene("evaluate/questions", i, held_out=split == "held-out")
-        image = world.render(scene)
-        asked = {}
-        for kind, question, answer in world.questions(scene, random.Random(i)):
-            asked.setdefault(kind, (question, answer))
-        for kind, (question, answer) in asked.items():
-            right = "".join(model.chat(question, image, max_new_tokens=24)).strip() == answer
-            verdicts.setdefault(kind, []).append(right)
-            halves.setdefault(split, []).append(right)
-    scores = {name: sum(v) / len(v) for name, v in (verdicts | halves).items()}
-    return scores, sum(map(len, verdicts.values()))
+def picture(number, item, sample) -> str:
+    return f"{item.name}.png"
 
 
-def rendered(scene) -> torch.Tensor:
-    """The scene as pixels (1, 3, SIZE, SIZE) in [-1, 1]."""
-    return image_to_pixels(world.render(scene), (world.SIZE, world.SIZE))
+def grid(number, item):
+    return None
 
 
-@torch.no_grad()
-def reconstruction_psnr(model, count) -> float:
-    """Mean PSNR in dB of decode(encode(x)) over count fresh scenes; the peak is 2, pixels are in [-1, 1]."""
-    pixels = torch.cat([rendered(world.scene("evaluate/psnr", i)) for i in range(count)])
-    errors = []
-    for part in pixels.to(model.device).split(50):
-        decoded = model.decode(model.encode(part)).float().clamp(-1, 1)
-        errors.append((decoded - part).square().mean(dim=(1, 2, 3)))
-    return (10 * torch.log10(4 / torch.cat(errors))).mean().item()
+def prepare(out, number, item):
+    """Nothing stands beside the pictures."""
 
 
-@torch.no_grad()
-def masked_losses(model, ratios, count) -> list:
-    """[(ratio of masked tokens, head loss with captions, without), …] on count fresh scenes.
+def score(out, items, args) -> Result:
+    """The shares of right pictures by split. args.others: scores of the same model that stand beside them."""
+    scores = {}
+    for split in SPLITS:
+        part = [item for item in items if item.fields["split"] == split]
+        categories = shares(part, verdicts(part, images_of(out, part)))
+        scores[split] = {"overall": mean(categories)} | categories
+    return Result(scores | args.others, {"pictures": len(items)})
 
-    The masks, t and noise of both losses are the same.
-    """
-    scenes = [world.scene("evaluate/losses", i) for i in range(count)]
-    latents = model.encode(torch.cat([rendered(scene) for scene in scenes]))
-    B, h, w, _ = latents.shape
-    texts = generation_prompts(model, [world.describe(scene) for scene in scenes], cfg=0)   # with, without
-    ids, attention_mask = (rows.to(model.device) for rows in texts)         # (2B, L)
-    rows = []
-    for ratio in ratios:
-        torch.manual_seed(0)
-        mask = random_mask(B, h * w, ratio, model.device)
-        losses = []
-        for half in (slice(0, B), slice(B, None)):
-            torch.manual_seed(1)
-            loss = model.text2image_loss(None, ids[half], attention_mask[half], latents=latents, mask=mask)
-            losses.append(loss.item())
-        rows.append((ratio, *losses))
-    return rows
+
+def images_of(out, items) -> list:
+    return [open_image(out / picture(number, item, 0)) for number, item in enumerate(items)]
 
 
 # ---- the command -------------------------------------------------------------------------------------------
@@ -136,9 +95,13 @@ def add_arguments(parser):
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--solver", choices=SOLVERS, default="ancestral", help="of the diffusion head")
     parser.add_argument("--num-sampling-steps", type=int, help="of the diffusion head (default: the model's)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture of a split")
     parser.add_argument("--batch", type=int, default=40)
-    parser.add_argument("--out", type=Path, help="a folder for scores.json and a contact sheet of each split")
+    parser.add_argument("--device", help="cuda, cpu, …; default: cuda if there is one")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    parser.add_argument("--mode", choices=MODES, default="auto", help="fast paths, as of sample.py")
+    parser.add_argument("--out", type=Path, help="a folder for pictures, scores.json and contact sheets")
+    parser.add_argument("--overwrite", action="store_true", help="draw anew what is in --out already")
     parser.add_argument("--judge", action="store_true", help="test the judge instead")
     parser.add_argument("--ceiling", action="store_true", help="print the scores of a perfect model instead")
     parser.add_argument("--losses", action="store_true", help="print head losses by masking ratio instead")
@@ -156,47 +119,77 @@ def run(args):
         accepted, rejected, right, wrong = judge_the_judge()
         print(f"rendered truth accepted: {accepted:.4f} of {right}; "
               f"wrong pictures rejected: {rejected:.4f} of {wrong}")
-        return
-    if args.ceiling:
+    elif args.ceiling:
         print(TABLE)
         for num_iter in args.steps:
             print(table_row(f"{num_iter}, perfect", ceiling(num_iter, args.prompts)))
-        return
-    model = Harmon.from_pretrained(args.model)
-    if args.losses:
+    elif args.losses:
         print("| masked | with caption | without |\n|---|---|---|")
+        model = Harmon.from_pretrained(args.model)
         for ratio, with_caption, without in masked_losses(model, (1.0, 0.9, 0.7, 0.5, 0.3, 0.1), 100):
             print(f"| {ratio:.1f} | {with_caption:.4f} | {without:.4f} |")
     elif args.layouts:
+        model = Harmon.from_pretrained(args.model)
         pairs, stacked = layouts(model, args.prompts, args.batch, num_iter=args.steps[0], **settings)
         found = f"{pairs} pairs found, {stacked} of them one above the other"
         print(f"{args.prompts} prompts that leave places open: {found}")
+    elif args.out is not None:
+        print_scores(args, args.out)
+    elif rank_and_world_size()[1] > 1:
+        raise ValueError("several processes share the pictures; give a folder for them, --out FOLDER")
     else:
-        print_scores(model, args, settings)
+        with TemporaryDirectory() as folder:
+            print_scores(args, Path(folder))
 
 
-def print_scores(model, args, settings):
-    """All scores; with --out also contact sheets and scores.json."""
-    results = {"settings": {name: str(value) for name, value in vars(args).items()}}
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-    print(TABLE)
+def print_scores(args, folder):
+    """All scores; in the folder pictures, contact sheets and scores.json, for several --steps in a folder of
+    each.
+    """
+    is_first = rank_and_world_size()[0] == 0
+    if is_first:
+        print(TABLE)
+    jobs = []
     for num_iter in args.steps:
-        for split, count in (("seen", args.prompts), ("held-out", args.prompts * 2 // 3)):
-            sheet = args.out / f"{split}-{num_iter}.png" if args.out else None
-            scores, seconds = generation_scores(
-                model, split, count, args.seed, args.batch, sheet, num_iter=num_iter, **settings)
-            results[f"{split} {num_iter}"] = scores
-            print(table_row(f"{num_iter}, {split}", scores, f"{seconds:.0f} s"), flush=True)
-    results["questions"], asked = question_scores(model, args.questions)
-    answered = ", ".join(f"{name} {share:.3f}" for name, share in results["questions"].items())
-    print(f"\nquestions ({asked}): {answered}")
-    results["psnr"] = reconstruction_psnr(model, 500)
-    print(f"VAE reconstruction (500 scenes): {results['psnr']:.2f} dB")
-    if args.out:
-        (args.out / "scores.json").write_text(json.dumps(results, indent=2) + "\n")
+        out = folder if len(args.steps) == 1 else folder / f"steps-{num_iter}"
+        jobs.append(pictures.begin("shapes", sys.modules[__name__], runner_arguments(args, num_iter), out))
+        args.loaded = jobs[-1].loaded
+        for split in SPLITS:
+            numbers = [n for n, item in enumerate(jobs[-1].items) if item.fields["split"] == split]
+            began = time.time()
+            pictures.draw(jobs[-1], [jobs[-1].sheets[n] for n in numbers])
+            seconds = time.time() - began
+            if is_first:
+                print_split(jobs[-1], [jobs[-1].items[n] for n in numbers], seconds, folder)
+    if not is_first:
+        return
+    model = args.loaded.model
+    answered, asked = question_scores(model, args.questions)
+    print(f"\nquestions ({asked}): {', '.join(f'{name} {share:.3f}' for name, share in answered.items())}")
+    psnr = reconstruction_psnr(model, PSNR_SCENES)
+    print(f"VAE reconstruction ({PSNR_SCENES} scenes): {psnr:.2f} dB")
+    for job in jobs:
+        job.args.others = {"questions": answered, "VAE": {"PSNR": psnr}}
+        pictures.finish(job)
+
+
+def runner_arguments(args, num_iter):
+    """The arguments as pictures.py expects them, for one number of steps."""
+    fixed = {"size": None, "vae": None, "tokenizer": None, "limit": None, "cfg_schedule": None, "others": {}}
+    return argparse.Namespace(**vars(args) | fixed | {"num_iter": num_iter, "batch_size": args.batch})
+
+
+def print_split(job, items, seconds, folder):
+    """A row of TABLE; in the folder a contact sheet of the first 16 pictures of each category."""
+    images = images_of(job.out, items)
+    right = verdicts(items, images)
+    shown = [(image, item.prompt, verdict) for image, item, verdict in zip(images, items, right, strict=True)
+             if item.fields["i"] % job.args.prompts < 16]
+    name = items[0].fields["split"]
+    world.contact_sheet(shown).save(folder / f"{name}-{job.args.num_iter}.png")
+    print(table_row(f"{job.args.num_iter}, {name}", shares(items, right), f"{seconds:.0f} s"), flush=True)
 
 
 def table_row(name, scores, seconds="") -> str:
     cells = [f"{scores[category]:.3f}" if category in scores else "–" for category in CATEGORIES]
-    return f"| {name} | {' | '.join(cells)} | {sum(scores.values()) / len(scores):.3f} | {seconds} |"
+    return f"| {name} | {' | '.join(cells)} | {mean(scores):.3f} | {seconds} |"

@@ -20,7 +20,7 @@ from statistics import mean
 import train
 from harmonkit.checkpoints import write_text
 from harmonkit.config import read_json
-from harmonkit.evals.shapes import generation_scores, masked_losses, question_scores
+from harmonkit.evals.world_scores import generation_scores, masked_losses, question_scores
 from harmonkit.scripts import argument_parser
 from harmonkit.terminal import errors_in_one_line
 from harmonkit.tokenizer import load_tokenizer
@@ -93,7 +93,7 @@ def scores_of(model, seed, args) -> dict:
     scores = {LOSS: mean(loss for _, loss, _ in losses)}
     answered, _ = question_scores(model, args.questions)
     for split, count in (("seen", args.prompts), ("held-out", args.prompts * 2 // 3)):
-        drawn, _ = generation_scores(model, split, count, 1000 * seed, 40, num_iter=16, cfg=3.0)
+        drawn = generation_scores(model, split, count, 1000 * seed, 40, num_iter=16, cfg=3.0)
         scores[f"generation, {split}"] = mean(drawn.values())
         scores[f"questions, {split}"] = answered[split]
     return {column: round(scores[column], 4) for column in COLUMNS}
