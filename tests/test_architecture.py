@@ -36,6 +36,9 @@ LAZY = {                                        # packages that a function may i
     "harmonkit.training.monitor": {"matplotlib"},
     "harmonkit.scripts.ablate": {"matplotlib"},
     "harmonkit.scripts.benchmark": {"transformers"},
+    "harmonkit.evals.fid": {"cleanfid"},
+    "harmonkit.evals.detector": {"transformers", "scipy"},
+    "harmonkit.evals.mmmu": {"pyarrow"},
 }
 
 

@@ -6,6 +6,7 @@ another training of the same net, so scores are marked as ours. Packages: pip in
 """
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from harmonkit.devices import choose_device
-from harmonkit.evals.geneval import NAMES
 from harmonkit.evals.rules import geneval as rules
 from harmonkit.images import open_image
 from harmonkit.prompts import shorten
 
+# GenEval's names of COCO's 80 classes, in COCO's order.
+NAMES = tuple((Path(__file__).parent / "data/geneval_object_names.txt").read_text("utf-8").splitlines()[:80])
 NUM_PAIRS = 100                                             # best (query, class) pairs of an image
 SHORT_SIDE, LONG_SIDE, MULTIPLE = 800, 1333, 32             # of the detector's input
 DETECTOR_MEAN, DETECTOR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -15,7 +15,9 @@ from collections import Counter
 from pathlib import Path
 
 from harmonkit.checkpoints import write_text
+from harmonkit.evals import detector
 from harmonkit.evals.benchmark import Item, Result
+from harmonkit.evals.detector import NAMES
 from harmonkit.evals.json_files import read_objects, several
 from harmonkit.evals.rules import geneval as rules
 from harmonkit.prompts import parse_json, read_text
@@ -23,9 +25,7 @@ from harmonkit.terminal import file_path
 
 PER_PROMPT = 4
 SEED_STRIDE = 100_000
-FOLDER = Path(__file__).parent / "data"
-PROMPTS = FOLDER / "geneval_metadata.jsonl"
-NAMES = tuple((FOLDER / "geneval_object_names.txt").read_text(encoding="utf-8").split("\n")[:80])
+PROMPTS = Path(__file__).parent / "data" / "geneval_metadata.jsonl"
 RESULTS = "results-ours.jsonl"              # what --scorer ours writes beside the pictures
 OFFICIAL, OURS = "official", "ours"
 NOT_OFFICIAL = ("scored by transformers' Mask2Former, another training of GenEval's detector; agreement with "
@@ -45,7 +45,6 @@ def add_arguments(parser):
 def check(args):
     """Raise ValueError if the scorer's packages are not there."""
     if args.scorer == OURS:
-        from harmonkit.evals import detector
         detector.check()
 
 
@@ -117,8 +116,6 @@ def score(out, items, args):
         print(f"{out}: score it by evaluation/evaluate_images.py of djghosh13/geneval and give its file to "
               "`score geneval`, or add --scorer ours")
         return None
-    from harmonkit.evals import detector
-
     pictures = [(path, item) for item in items for path in pictures_of(Path(out), item)]
     lines = detector.score_pictures(pictures, args.detector, args.clip, getattr(args, "device", None))
     write_text(Path(out) / RESULTS, "".join(map(result_line, lines)))
