@@ -195,6 +195,15 @@ def fit_history(model, question, history, *, num_image_tokens=0, room=CONTEXT_LE
     return pairs[start:]
 
 
+def image_features(model, image, size=None):
+    """What the LLM sees of a picture, padded to a square and resized: z_enc (1, N+n, H)."""
+    h, w = token_grid(model, size)
+    s = model.config.vae.stride
+    pixels = image_to_pixels(pad_to_square(image), (h * s, w * s))
+    _, z_enc = model.visual_features(model.encode(pixels))
+    return z_enc
+
+
 @torch.no_grad()
 def chat(model, question, image=None, *, history=(), max_new_tokens=1024, size=None,
          max_length=CONTEXT_LENGTH):
@@ -211,10 +220,7 @@ def chat(model, question, image=None, *, history=(), max_new_tokens=1024, size=N
         z_enc = None
         if image is not None:
             check_attention(model, "vae", "mar")
-            h, w = token_grid(model, size)
-            s = model.config.vae.stride
-            pixels = image_to_pixels(pad_to_square(image), (h * s, w * s))
-            _, z_enc = model.visual_features(model.encode(pixels))                      # (1, N+n, H)
+            z_enc = image_features(model, image, size)                                  # (1, N+n, H)
         num_image_tokens = 0 if z_enc is None else z_enc.shape[1]
         history = fit_history(model, question, history, num_image_tokens=num_image_tokens,
                               room=max_length - max_new_tokens)
@@ -233,24 +239,83 @@ def chat(model, question, image=None, *, history=(), max_new_tokens=1024, size=N
 
 
 @torch.no_grad()
+def answer_batch(model, questions, images=None, *, max_new_tokens=1024, size=None) -> list:
+    """Answer several questions at once: the text that `chat` gives for each of them alone.
+
+    questions: texts. images: for each question a picture, as in `chat`, or None; left out, all questions are
+    text only. A picture object that several questions share is encoded once. On a CPU, after
+    `make_repeatable`, all bits are the same in any batch of prompts of one padded length: pictures are
+    encoded one by one, and prompts are padded to whole blocks. Raises what `chat` raises, and ValueError for
+    another number of images.
+    """
+    questions = list(questions)
+    images = [None] * len(questions) if images is None else list(images)
+    if len(images) != len(questions):
+        raise ValueError(f"{len(questions)} questions, but {len(images)} images")
+    if not all(isinstance(question, str) and question.strip() for question in questions):
+        raise ValueError("a question is empty")
+    if not questions:
+        return []
+    with evaluation_mode(model):
+        if any(image is not None for image in images):
+            check_attention(model, "vae", "mar")
+        features = {}                               # id of an image -> z_enc (1, N+n, H)
+        for image in images:
+            if image is not None and id(image) not in features:
+                features[id(image)] = image_features(model, image, size)
+        z_enc = [features[id(image)] for image in images if image is not None]
+        num_image_tokens = z_enc[0].shape[1] if z_enc else 0
+        rows = []
+        for question, image in zip(questions, images):
+            shown = {"num_image_tokens": 0 if image is None else num_image_tokens}
+            fit_history(model, question, (), room=CONTEXT_LENGTH - max_new_tokens, **shown)
+            rows.append(prompt_ids(model.tokenizer, question, **shown))
+        input_ids, attention_mask = pad(model.tokenizer, rows, PROMPT_BLOCK)
+        embeds = model.embed(input_ids.to(model.device), torch.cat(z_enc) if z_enc else None)
+        end = model.tokenizer.token_to_id(END)
+        with naming_the_weight(model):
+            answers = generate_batch(model.llm, embeds, attention_mask.to(model.device),
+                                     max_new_tokens=max_new_tokens, eos_token_id=end)
+    return [whole_characters(model.tokenizer, answer) for answer in answers]
+
+
+def whole_characters(tokenizer, ids) -> str:
+    """The text of an answer without a last character of which tokens are missing."""
+    text = tokenizer.decode(ids)
+    while text.endswith("\ufffd"):
+        ids = ids[:-1]
+        text = tokenizer.decode(ids)
+    return text
+
+
+@torch.no_grad()
 def generate_batch(llm, inputs_embeds, attention_mask, *, max_new_tokens, eos_token_id) -> list:
     """Greedy decoding of prompts of different lengths: B lists of token ids, without eos.
 
     inputs_embeds (B, L, H), padded on the right; attention_mask (B, L) bool, True = real. Each row's
-    result equals that of `Qwen2.generate`. Raises ValueError for weights that are not finite.
+    result equals that of `Qwen2.generate`. Rows that have ended leave the batch. Raises ValueError for
+    weights that are not finite.
     """
     B = len(inputs_embeds)
     cache = KVCache()
     hidden_states = llm(inputs_embeds=inputs_embeds, attention_mask=attention_mask, cache=cache)
     last = attention_mask.sum(dim=1) - 1                # (B,) each row's last real position
     hidden_states = hidden_states[torch.arange(B, device=last.device), last]            # (B, H)
-    tokens = []
-    for _ in range(max_new_tokens):
+    answers = [[] for _ in range(B)]
+    left = list(range(B))                               # rows that have not ended, in the batch's order
+    for step in range(max_new_tokens):
         with naming_the_weight(llm):
-            tokens.append(most_likely(llm.logits(hidden_states)))                       # (B,)
-        if (torch.stack(tokens) == eos_token_id).any(dim=0).all() or len(tokens) == max_new_tokens:
+            tokens = most_likely(llm.logits(hidden_states))                             # (left,)
+        goes_on = [token != eos_token_id for token in tokens.tolist()]
+        left = [row for row, goes in zip(left, goes_on) if goes]
+        if not all(goes_on):
+            goes_on = torch.tensor(goes_on, device=tokens.device)
+            tokens, attention_mask = tokens[goes_on], attention_mask[goes_on]
+            cache.layers = [(k[goes_on], v[goes_on]) for k, v in cache.layers]
+        for row, token in zip(left, tokens.tolist()):
+            answers[row].append(token)
+        if not left or step + 1 == max_new_tokens:
             break
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(B, 1)], dim=1)
-        hidden_states = llm(tokens[-1][:, None], attention_mask=attention_mask, cache=cache)[:, -1]
-    rows = torch.stack(tokens, dim=1).tolist()                              # (B, ≤ max_new_tokens)
-    return [row[:row.index(eos_token_id)] if eos_token_id in row else row for row in rows]
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(left), 1)], dim=1)
+        hidden_states = llm(tokens[:, None], attention_mask=attention_mask, cache=cache)[:, -1]
+    return answers

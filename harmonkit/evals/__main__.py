@@ -152,7 +152,7 @@ def score(argv):
         questions = module.read(args)
         result = module.score(questions, module.read_answers(args.file, questions, args))
     if args.out is not None:
-        manifest.write_scored(args.out, name, args, result)
+        manifest.write_scored(args.out, name, args, result, benchmark.data_files(module, args))
     benchmark.show(name, result)
 
 

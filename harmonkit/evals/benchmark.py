@@ -98,6 +98,13 @@ def check_common(args):
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
+def data_files(module, args) -> list:
+    """The files of a benchmark's data: those that its module names, else that of --data, if it has one."""
+    if hasattr(module, "files"):
+        return module.files(args)
+    return [data for data in [getattr(args, "data", None)] if data is not None]
+
+
 def default_folder(args, name) -> Path:
     """Where results go without --out: results/MODEL/BENCHMARK."""
     return Path("results") / Path(args.model).name.removesuffix(".pth") / name

@@ -112,16 +112,17 @@ def shown(value) -> str:
     return "not given" if value is None else shorten(value, 60)
 
 
-def write_scored(out, benchmark, args, result):
+def write_scored(out, benchmark, args, result, data=()):
     """The manifest and scores of a file that another model or an official scorer wrote.
 
-    args: of `score` (file, name, data, template). Raises ValueError if the folder holds other results.
+    args: of `score` (file, name). data: paths of the benchmark's files. How the other model was asked is not
+    known, so no template is named. Raises ValueError if the folder holds other results.
     """
-    out, data = Path(out), getattr(args, "data", None)
+    out = Path(out)
     wanted = {
         "benchmark": benchmark, "model": args.name or args.file.stem, "weights": None, "settings": {},
-        "protocol": getattr(args, "template", None), "scored": {args.file.name: digest(args.file)},
-        "data": {} if data is None else {Path(data).name: digest(data)}, "limit": None}
+        "protocol": None, "scored": {args.file.name: digest(args.file)},
+        "data": {Path(path).name: digest(path) for path in data}, "limit": None}
     earlier = read(out)
     if earlier is not None:
         for name in ("benchmark", "scored", "data"):

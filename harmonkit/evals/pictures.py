@@ -81,7 +81,7 @@ def begin(name, module, args, out) -> Job:
     compared = {key: value for key, value in settings.items() if key not in elsewhere}
     compared |= {"per_prompt": module.PER_PROMPT, "prompts_sha256": prompts_digest}
     about = manifest.start(
-        out, name, args, loaded, settings=compared, data=data_files(args),
+        out, name, args, loaded, settings=compared, data=benchmark.data_files(module, args),
         seed_rule=f"seed + {module.SEED_STRIDE}·prompt + sample")
     if rank_and_world_size()[0] == 0:
         for number, item in enumerate(items):
@@ -97,11 +97,6 @@ def check(module, args, out):
     if hasattr(module, "check"):
         module.check(args)
     outputs.check_folder(out)
-
-
-def data_files(args) -> list:
-    """The prompt file of the flags, if the benchmark has one."""
-    return [data for data in [getattr(args, "data", None)] if data is not None]
 
 
 def settings_of(loaded, args, size) -> dict:

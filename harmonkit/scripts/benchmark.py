@@ -3,6 +3,7 @@
     python -m harmonkit.scripts.benchmark                       # harmon-0.5b, 256 px, 16 steps, one image
     python -m harmonkit.scripts.benchmark --model harmon-1.5b --size 512 --dtype bfloat16 --out 1.5b.json
     python -m harmonkit.scripts.benchmark --what train --model harmon-1.5b --variants plain compiled
+    python -m harmonkit.scripts.benchmark --what batches --model harmon-tiny --batch-sizes 1 8 32
     python -m harmonkit.scripts.benchmark --count --model harmon-1.5b --size 512 --steps 64
 
 Weights are random: only sizes matter. GFLOP count products, convolutions and attention, with the head's
@@ -24,8 +25,10 @@ from harmon import Harmon, Sampling
 from harmonkit import fast
 from harmonkit.checkpoints import find_config, write_text
 from harmonkit.devices import DTYPES, choose_device
-from harmonkit.pipeline import token_grid
+from harmonkit.pipeline import answer_batch, token_grid
+from harmonkit.repeatable import make_repeatable
 from harmonkit.scripts import argument_parser
+from harmonkit.shapes_world import tokenizer, world
 from harmonkit.terminal import errors_in_one_line
 from harmonkit.training import losses, optim, recipes
 from harmonkit.training.monitor import peak_memory
@@ -161,6 +164,18 @@ def answer_rows(args):
         yield name, {"GB": gigabytes, "seconds": (last - first) / 32}
 
 
+def batch_rows(args):
+    """Short answers to questions of one length about different pictures, as benchmarks ask them."""
+    model = make_repeatable(fast.accelerate(make_model(args, args.device), args.mode))
+    model.tokenizer = tokenizer.train_tokenizer(512)
+    for size in args.batch_sizes:
+        questions = ["Is there a red circle? Answer the question using a single word or phrase."] * size
+        images = [world.render(world.scene("benchmark", i)) for i in range(size)]
+        took = seconds(partial(answer_batch, model, questions, images, size=args.size,
+                               max_new_tokens=args.answer_tokens), args.repeat)
+        yield f"image to text: batch of {size}", {"seconds": took, "answers/s": size / took}
+
+
 def transformers_llm(model):
     import transformers
 
@@ -212,11 +227,13 @@ def train_rows(args):
 def main(argv=None):
     parser = argument_parser(__doc__)
     flag = parser.add_argument
-    flag("--what", nargs="+", choices=("draw", "answer", "train"), default=["draw", "answer"])
+    flag("--what", nargs="+", choices=("draw", "answer", "batches", "train"), default=["draw", "answer"])
     flag("--model", default="harmon-0.5b", help="harmon-0.5b, harmon-1.5b, harmon-tiny or a model folder")
     flag("--size", type=int, help="pixels (default: the native size; for training 512)")
     flag("--steps", type=int, default=16)
     flag("--images", type=int, default=1)
+    flag("--batch-sizes", type=int, nargs="+", default=[1, 8, 32], help="of batches of questions")
+    flag("--answer-tokens", type=int, default=4, help="of answers in batches")
     flag("--variants", nargs="+", choices=VARIANTS, default=["plain", "checkpointing"], help="of training")
     flag("--repeat", type=int, default=3, help="runs to take the median of")
     flag("--device", help="default: cuda if there is one")
@@ -226,15 +243,16 @@ def main(argv=None):
     flag("--out", help="write the rows there as JSON")
     args = parser.parse_args(argv)
     with errors_in_one_line("benchmark"):
-        if min(args.steps, args.images, args.repeat) < 1:
-            raise ValueError("--steps, --images and --repeat must be at least 1")
+        if min(args.steps, args.images, args.repeat, args.answer_tokens, *args.batch_sizes) < 1:
+            raise ValueError("--steps, --images, --repeat, --batch-sizes and --answer-tokens must be at "
+                             "least 1")
         about = vars(args) | {"torch": torch.__version__, "threads": torch.get_num_threads()}
         args.device = choose_device(args.device)
         if not args.count:
             about |= machine_rates(args.device, DTYPES[args.dtype], args.repeat)
         print(about)
         rows = {}
-        rows_of = {"draw": draw_rows, "answer": answer_rows, "train": train_rows}
+        rows_of = {"draw": draw_rows, "answer": answer_rows, "batches": batch_rows, "train": train_rows}
         for what in ["draw"] if args.count else args.what:
             for name, row in rows_of[what](args):
                 unit = "GFLOP" if "GFLOP" in row else "GB"
