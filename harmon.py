@@ -63,15 +63,8 @@ class Harmon(nn.Module):
         """latents (B, h, w, C) -> pixels (B, 3, s·h, s·w), about in [-1, 1]. Raises ValueError for NaN and
         infinity.
         """
-        pipeline.check_attention(self, "vae")
         z = (latents / self.config.vae_scale).permute(0, 3, 1, 2).to(self.dtype)
-        # One at a time: it bounds the memory, and no image depends on its batch.
-        pixels = torch.cat([self.vae.decode(part) for part in z.split(1)])
-        with pipeline.naming_the_weight(self):
-            if not (pixels.is_meta or pixels.isfinite().all()):
-                raise ValueError("the pixels are not finite: the weights hold NaN or infinity, "
-                                 "or the dtype overflows")
-        return pixels
+        return pipeline.decode_each(self, z)
 
     # ---- the three parts of a pass: see, think, draw ---------------------------------------------
 

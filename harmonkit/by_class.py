@@ -51,6 +51,11 @@ def read_class(text, names) -> int:
     raise ValueError(f"--classes {text[:60]!r}: this MAR has no such class; {hint}")
 
 
+def labels_of(words, names) -> list:
+    """The labels of classes, each once."""
+    return list(dict.fromkeys(read_class(word, names) for word in words))
+
+
 def wants_all(words) -> bool:
     return [plain(word) for word in words] == ["all"]
 
@@ -89,7 +94,7 @@ def plan(words, names, num_images, seed, settings, folder) -> tuple:
 
     sheets = []
     per_class = num_images or 4
-    for label in dict.fromkeys(read_class(word, names) for word in words):
+    for label in labels_of(words, names):
         name = "none" if label == NONE else slug(f"{label} {names[label]}")
         if per_class == 1:
             sheets.append(Sheet((picture(name, label, 0),), None))
@@ -105,20 +110,22 @@ def draw(args, size):
     """The command. args: the flags of sample.py. size: (H, W) or None. Raises ValueError or OSError."""
     outputs.check_folder(args.out)
     device = choose_device(args.device)
-    if args.dtype == "auto":
-        tensors, _ = mar_files.read_tensors(mar_files.find_files(args.model)[0])        # mapped, not read yet
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        dtype = choose_dtype(args.model, device, num_bytes)
-    else:
-        dtype = DTYPES[args.dtype]
-    model = mar_files.load(args.model, vae=args.vae, device=device, dtype=dtype)
-    config = model.config
+    source, config, tensors = mar_files.read_files(args.model, args.vae)
+    names = class_names(config)
+    if not wants_all(args.classes):
+        labels_of(args.classes, names)                  # unknown ones are refused before the weights are read
     side = config.mar.img_size
     if size not in (None, (side, side)):
         raise ValueError(f"--size is {args.size}; this MAR draws {side}x{side} pixels by class")
     sampling = sampling_settings(args, **mar_files.defaults(config))
+    if args.dtype == "auto":
+        of_mar = [tensor for name, tensor in tensors.items() if name.startswith("mar.")]
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in of_mar)
+        dtype = choose_dtype(args.model, device, num_bytes)
+    else:
+        dtype = DTYPES[args.dtype]
+    model = mar_files.build(source, config, tensors, device=device, dtype=dtype)
     settings = about(model, sampling, (side, side), args)
-    names = class_names(config)
     sheets, labels = plan(args.classes, names, args.num_images, args.seed, settings, args.out)
     make_repeatable(accelerate(model, args.mode))
 

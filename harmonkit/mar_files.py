@@ -18,7 +18,7 @@ from harmonkit.config import MAR_KEYS, MAR_SIZES, read_json, read_mar, read_numb
 from harmonkit.config import read_vae as read_vae_config
 from harmonkit.devices import as_device, as_dtype
 from harmonkit.images import pixels_to_images
-from harmonkit.pipeline import seeds_of
+from harmonkit.pipeline import check_attention, decode_each, naming_the_weight, seeds_of
 from harmonkit.weight_files import find_model, plain_names, read
 from mar import MAR, MARConfig
 from vae import AutoencoderKL, VAEConfig
@@ -82,20 +82,24 @@ class ClassModel(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents):
-        """latents (B, h, w, C) -> pixels (B, 3, s·h, s·w), about in [-1, 1]; one image at a time."""
+        """latents (B, h, w, C) -> pixels (B, 3, s·h, s·w), about in [-1, 1]. Raises ValueError for NaN and
+        infinity.
+        """
         z = (latents / self.config.vae_scale).permute(0, 3, 1, 2).to(self.dtype)
-        return torch.cat([self.vae.decode(part) for part in z.split(1)])
+        return decode_each(self, z)
 
     def generate_image(self, labels, *, seed=0, progress=False, num_iter=64, **sampling) -> list:
         """Draw one PIL image for each label, -1 = no class. An image depends on its label and seed, not on
         its batch.
 
         seed: a whole number, image i then uses seed + i, or one for each image. sampling: cfg, cfg_schedule,
-        temperature, … of `MAR.sample`. Raises ValueError as that does.
+        temperature, … of `MAR.sample`. Raises ValueError as that does, and for weights that are not finite.
         """
+        check_attention(self, "mar")
         generators = [torch.Generator().manual_seed(s) for s in seeds_of(seed, len(labels))]
         no_bar = None if progress else True                                 # None: only off a terminal
-        with tqdm(total=num_iter, desc="steps", disable=no_bar, leave=False) as bar:
+        bar = tqdm(total=num_iter, desc="steps", disable=no_bar, leave=False)
+        with bar, naming_the_weight(self):
             latents = self.mar.sample(labels, num_iter=num_iter, generator=generators,
                                       on_step=lambda *_: bar.update(), **sampling)
         return pixels_to_images(self.decode(latents))
@@ -127,6 +131,22 @@ def load(path, *, vae=None, device=None, dtype=None) -> ClassModel:
     """
     device = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = as_dtype(dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    return build(*read_files(path, vae), device=device, dtype=dtype)
+
+
+def build(source, config, tensors, *, device, dtype) -> ClassModel:
+    """A ClassModel from what `read_files` gives. Empties `tensors`."""
+    with torch.device("meta"):
+        model = ClassModel(config)
+    load_strict(model, tensors, source, device=device, dtype=dtype)
+    return model.eval()
+
+
+def read_files(path, vae=None) -> tuple:
+    """(source, config, tensors) of a MAR with its VAE: the file or folder; a ClassConfig; {name: tensor}.
+
+    The tensors are mapped, not read yet. Raises FileNotFoundError or ValueError as `load` does.
+    """
     source, config = find_files(path)
     tensors, vae_tensors = read_tensors(source)
     if vae is not None:
@@ -139,12 +159,7 @@ def load(path, *, vae=None, device=None, dtype=None) -> ClassModel:
     if config is None:
         config = infer_config(tensors, infer_vae(vae_tensors, vae or source), source)
     named = {f"mar.{name}": tensor for name, tensor in tensors.items()}
-    named |= {f"vae.{name}": tensor for name, tensor in vae_tensors.items()}
-    del tensors, vae_tensors                        # load_strict frees each tensor that it has converted
-    with torch.device("meta"):
-        model = ClassModel(config)
-    load_strict(model, named, source, device=device, dtype=dtype)
-    return model.eval()
+    return source, config, named | {f"vae.{name}": tensor for name, tensor in vae_tensors.items()}
 
 
 def find_files(path) -> tuple:

@@ -68,6 +68,20 @@ def check_attention(model, *parts):
                 raise ValueError("the attention is not finite: the weights hold NaN or infinity")
 
 
+def decode_each(model, z):
+    """z (B, C, h, w), unscaled -> pixels (B, 3, s·h, s·w). Raises ValueError for NaN and infinity.
+
+    One image at a time: it bounds the memory, and no image depends on its batch.
+    """
+    check_attention(model, "vae")
+    pixels = torch.cat([model.vae.decode(part) for part in z.split(1)])
+    with naming_the_weight(model):
+        if not (pixels.is_meta or pixels.isfinite().all()):
+            raise ValueError("the pixels are not finite: the weights hold NaN or infinity, "
+                             "or the dtype overflows")
+    return pixels
+
+
 # ---- text -> images ------------------------------------------------------------------------------
 
 def generation_prompts(model, prompts, cfg, multiple=1, num_image_tokens=0) -> tuple:

@@ -11,6 +11,7 @@ from test_sample import main, one_process  # noqa: F401
 from harmon import Harmon
 from harmonkit.checkpoints import load_strict, read, write
 from harmonkit.fast import HAS_ONEDNN, accelerate
+from harmonkit.mar_files import ClassConfig, ClassModel
 from harmonkit.pipeline import generate_batch
 from llm import Qwen2
 
@@ -87,6 +88,24 @@ def test_conditions_from_a_mar_that_is_not_finite(model):
     z = model.mar.decode(model.mar.encode(tokens, mask, (4, 4)), mask, (4, 4))
     with pytest.raises(ValueError, match="not finite"):
         model.mar.diffloss.sample(z[0])
+
+
+def test_pictures_by_class():
+    drawing = shake(ClassModel(ClassConfig(SMALL.mar, SMALL.vae)))
+    names = [name for name, _ in drawing.named_parameters()]
+    whole, refused = drawing.generate_image([0, -1], cfg=3, **FAST)[0].tobytes(), 0
+    always = ["mar.encoder_blocks.1.attn.qkv.bias", "vae.decoder.mid.attn_1.k.weight", "mar.class_emb.weight"]
+    for number, name in enumerate([*always, *names[::16]]):
+        kept = drawing.get_parameter(name).view(-1)[0].item()
+        set_element(drawing, name, VALUES[number % 3], 0)
+        try:
+            assert drawing.generate_image([0, -1], cfg=3, **FAST)[0].tobytes() == whole, name
+        except ValueError as error:
+            refused += 1
+            assert name in str(error) and "not finite" in str(error)
+        set_element(drawing, name, kept, 0)
+    assert refused > len(names) // 16 // 2 + 3
+    assert drawing.generate_image([0, -1], cfg=3, **FAST)[0].tobytes() == whole
 
 
 def test_decoding_alone(model):
