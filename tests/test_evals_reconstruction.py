@@ -112,11 +112,11 @@ def test_the_command_prints_a_row_each(tmp_path, monkeypatch, capsys):
     assert [line.rsplit(" |", 2)[0] for line in lines[4:]] == [
         "| looking" + " | 0.500" * 5 + " | 0.667 | 0.500 | 0.000",
         "| from words" + " | 0.000" * 8, "| VAE alone" + " | 1.000" * 8]
-    results = json.loads((tmp_path / "out/scores.json").read_text())
+    results = json.loads((tmp_path / "out/reconstruction.json").read_text())
     assert results["looking"].pop("single") == pytest.approx(2 / 3)
     assert results["looking"] == dict.fromkeys(ASPECTS, 0.5) | {"pair": 0.5, "count": 0}
     assert results["settings"]["seed"] == "10"
-    names = ["from-words.png", "looking.png", "scores.json", "vae-alone.png"]
+    names = ["from-words.png", "looking.png", "reconstruction.json", "vae-alone.png"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     with Image.open(tmp_path / "out/looking.png") as sheet:
         frames = [sheet.getpixel((i % 8 * 140 + 3, i // 8 * 180 + 60)) for i in range(12)]

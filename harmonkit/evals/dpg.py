@@ -22,7 +22,6 @@ from harmonkit.evals import judge
 from harmonkit.evals.benchmark import Item, Result
 from harmonkit.evals.dpg_files import PER_PROMPT, read_answers, read_questions, rows_of
 from harmonkit.evals.json_files import several, write_objects
-from harmonkit.evals.judging import ask_until_read
 from harmonkit.evals.rules import dpg as rules
 from harmonkit.images import open_image
 from harmonkit.prompts import read_prompts
@@ -93,7 +92,7 @@ def score(out, items, args):
     for name, of_item in tqdm(by_item.items(), "judging", disable=None, leave=False):
         pictures = crops(Path(out) / f"{name}.png")
         requests = [(REQUEST.format(question=row["question"]), crop) for row in of_item for crop in pictures]
-        answers = ask_until_read(asked, requests, yes_or_no)
+        answers = judge.ask_until_read(asked, requests, yes_or_no)
         for number, row in enumerate(of_item):
             row["answers"] = answers[PER_PROMPT * number:PER_PROMPT * (number + 1)]
     write_objects(Path(out) / ANSWERS, [

@@ -21,6 +21,7 @@ from harmonkit.evals.endpoint import KEY_VARIABLE, Again, Endpoint, Failed, data
 from harmonkit.images import as_image
 
 LONGEST_PAUSE = 600     # seconds; a Retry-After above it ends the scoring
+TRIES = 3               # of a question whose reply says nothing
 GIVE_UP_AFTER = 16      # questions in a row without a reply
 KEPT = "what was answered is kept, so run the command again later"
 
@@ -173,6 +174,26 @@ def read_reply(file) -> str | None:
 
 
 # ---- the command's flags ---------------------------------------------------------------------------
+
+def ask_until_read(judge, questions, read) -> list:
+    """What `read` makes of the judge's replies to (text, image) pairs; None where it never says anything.
+
+    read(reply) -> anything but None, or None to ask again; three times in all. A request that fails is not
+    asked again: the Judge has retried it.
+    """
+    questions = list(questions)
+    answers = [None] * len(questions)
+    unread = range(len(questions))
+    for attempt in range(TRIES):
+        if not unread:
+            break
+        replies = judge.ask_all([questions[i] for i in unread], attempt=attempt)
+        answered = [(i, reply) for i, reply in zip(unread, replies, strict=True) if reply is not None]
+        for i, reply in answered:
+            answers[i] = read(reply)
+        unread = [i for i, _ in answered if answers[i] is None]
+    return answers
+
 
 def add_arguments(parser):
     """Add --judge-url and its companions, unless the parser has them already."""

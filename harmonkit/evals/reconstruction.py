@@ -96,7 +96,7 @@ def add_arguments(parser):
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="a folder for scores.json, and a sheet for each row")
+    parser.add_argument("--out", type=Path, help="a folder for reconstruction.json, and a sheet for each row")
 
 
 def run(args):
@@ -130,4 +130,4 @@ def run(args):
             args.out.mkdir(parents=True, exist_ok=True)
             contact_sheet(originals, drawn, verdicts).save(args.out / f"{name.replace(' ', '-').lower()}.png")
     if args.out:
-        (args.out / "scores.json").write_text(json.dumps(results, indent=2) + "\n")
+        (args.out / "reconstruction.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from harmonkit.evals import judge
 from harmonkit.evals.benchmark import Item, Result
 from harmonkit.evals.json_files import several, write_objects
-from harmonkit.evals.judging import ask_until_read
 from harmonkit.evals.rules import wise as rules
 from harmonkit.evals.wise_files import edition_of, read_data, read_lines
 from harmonkit.terminal import file_path
@@ -109,7 +108,7 @@ def score(out, items, args):
     answers = []
     for start in tqdm(range(0, len(requests), BATCH), "judging", disable=None, leave=False):
         batch = requests[start:start + BATCH]
-        answers += ask_until_read(asked, batch, lambda reply: complete_scores(reply, edition))
+        answers += judge.ask_until_read(asked, batch, lambda reply: complete_scores(reply, edition))
     lines = [{"prompt_id": int(item.name), "Subcategory": item.fields["Subcategory"], **scores}
              for item, scores in zip(items, answers) if scores is not None]
     write_objects(Path(out) / SCORES, lines)
