@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from harmon import Harmon
 from harmonkit.evals import benchmark
-from harmonkit.evals.__main__ import BENCHMARKS, OTHERS, main, parse
+from harmonkit.evals.__main__ import ANSWERING, BENCHMARKS, OTHERS, main, parse
 
 LINES = [{"tag": "counting", "include": [{"class": "cup", "count": 2}], "prompt": "a photo of two cups"}]
 
@@ -32,7 +32,7 @@ def stopped(capsys):
 # ---- help and names --------------------------------------------------------------------------------------
 
 def test_help_lists_all_and_imports_no_torch():
-    code = ("import sys\nfrom harmonkit.evals.__main__ import main\ntry:\n    main(['--help'])\n"
+    code = ("import sys\nfrom harmonkit.evals.__main__ import ANSWERING, main\ntry:\n    main(['--help'])\n"
             "finally:\n    assert 'torch' not in sys.modules and 'numpy' not in sys.modules")
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
@@ -43,7 +43,7 @@ def test_help_lists_all_and_imports_no_torch():
 def test_each_benchmark_shows_its_flags(name, stopped):
     status, out, err = stopped(name, "--help")
     assert (status, err) == (0, "")
-    wanted = ["--model", "--seed" if name != "pope" else "--data", "--out"]
+    wanted = ["--model", "--data" if name in ANSWERING else "--seed", "--out"]
     wanted += ["--cfg"] if name in ("geneval", "coco", "shapes") else []
     wanted += ["--max-new-tokens", "--template"] if name in ("pope", "mmmu") else []
     assert not [flag for flag in wanted if flag not in out]
@@ -93,7 +93,7 @@ def test_flags_reach_the_benchmarks_that_they_mean():
     flags = "--coco-data c.json --geneval-data g.jsonl --pope-data p --seed 5 --reference real --steps 7"
     parsed = parse(["geneval", "coco", "pope"], flags.split())
     assert [str(parsed[name].data) for name in parsed] == ["g.jsonl", "c.json", "p"]
-    assert [parsed[name].seed for name in parsed] == [5, 5, 5]
+    assert [getattr(args, "seed", None) for args in parsed.values()] == [5, 5, None]
     assert str(parsed["coco"].reference) == "real" and parsed["geneval"].num_iter == 7
     parsed = parse(["mjhq", "coco"], ["--data", "both.txt"])
     assert {str(parsed[name].data) for name in parsed} == {"both.txt"}
@@ -115,7 +115,9 @@ def test_several_benchmarks_of_one_command(small, tmp_path, monkeypatch, capsys,
              "--steps", "1", "--out", tmp_path / "out"]
     status, _, err = stopped(*flags, "--coco-data", tmp_path / "gone.txt")
     assert status == 2 and "gone.txt: no such file" in err
-    assert loaded == [] and not (tmp_path / "out").exists(), "no benchmark begins before all data are read"
+    status, _, err = stopped(*flags, "--coco-data", tmp_path / "captions.txt", "--reference", "gone")
+    assert status == 2 and "gone: no such file or folder" in err
+    assert loaded == [] and not (tmp_path / "out").exists(), "no benchmark begins before all are checked"
     main([*map(str, flags), "--coco-data", f"{tmp_path}/captions.txt"])
     assert len(loaded) == 1, "the model is loaded once"
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}

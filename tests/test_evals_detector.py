@@ -107,9 +107,16 @@ def test_clip_sees_the_middle_square():
 # ---- the whole ---------------------------------------------------------------------------------------------
 
 def test_missing_packages_are_named(monkeypatch):
-    args = type("Args", (), {"scorer": "ours"})
+    args = type("Args", (), {"scorer": "ours", "detector": "nowhere", "clip": "nowhere"})
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ValueError, match=r'scipy is not installed; pip install "harmon\[evals\]"'):
+        geneval.check(args)
+
+
+def test_models_are_looked_for_before_anything_is_drawn(tmp_path):
+    pytest.importorskip("scipy")
+    args = type("Args", (), {"scorer": "ours", "detector": str(tmp_path), "clip": "nowhere"})
+    with pytest.raises(ValueError, match="--detector .*: it cannot be loaded"):
         geneval.check(args)
 
 

@@ -135,6 +135,14 @@ def test_enough_pictures_bring_no_warning(tmp_path, library, monkeypatch):
     assert len(fid.read_scores(drawn, args(reference=drawn)).notes) == 1
 
 
+def test_a_picture_that_the_library_does_not_read_is_an_error(tmp_path, library):
+    drawn = write(tmp_path / "drawn", (10, 0, 0), (30, 0, 0))
+    real = write(tmp_path / "real", (50, 0, 0), (50, 0, 0))
+    (real / "sub/1.png").rename(real / "sub/1.JPG")
+    with pytest.raises(ValueError, match="real: clean-fid read 1 of 2 pictures"):
+        fid.read_scores(drawn, args(reference=real))
+
+
 def test_what_cannot_be_scored_is_refused(tmp_path, library):
     drawn, empty = write(tmp_path / "drawn", (10, 0, 0), (30, 0, 0)), tmp_path / "empty"
     empty.mkdir()

@@ -74,6 +74,10 @@ def test_a_planted_mistake_is_shown_and_returns_1(tmp_path, capsys):
     ({"source": "POPE"}, "holds no cases"),
     ({"source": "POPE", "cases": [{"input": {"answer": ""}}]}, "must have `input` and `expected`"),
     ({"cases": [{"input": {"reply": ""}, "expected": "x"}]}, "name it after one of pope, mme"),
+    ({"cases": [{"input": [{"reply": ""}], "expected": "x"}]}, "name it after one of pope, mme"),
+    ({"source": "POPE", "cases": None, "aggregate": None, "more_aggregates": None}, "holds no cases"),
+    ({"source": "POPE", "cases": {}}, "holds no cases"),
+    ({"source": "POPE", "cases": {"input": 1}}, "`cases` and `more_aggregates` must be lists"),
 ])
 def test_a_file_of_another_form_is_an_error(tmp_path, capsys, content, fault):
     path = write(tmp_path, content)
@@ -158,6 +162,9 @@ def test_the_lines_of_a_rule():
             "but ids 2, 3 and 6 missing, and the line of id 5 has a null")
     assert lines_of_rule(rule) == [{"prompt_id": 1, "a": 0, "b": 0}, {"prompt_id": 4, "a": 0, "b": 0},
                                    {"prompt_id": 5, "a": None, "b": 0}]
+    rule = "for id in 1..5: a = id, but id 2 is there twice, ids 3 to 4 missing and id 5 has a 'x'"
+    found = [(line["prompt_id"], line["a"]) for line in lines_of_rule(rule)]
+    assert found == [(1, 1), (2, 2), (5, "x"), (2, 2)]
     for wrong in ("for id in 1..2: a = __import__('os')", "for id in 1..2: a = id, but id 1 is odd",
                   "for id in 1..2: a = id ** 2", "all ids"):
         with pytest.raises(ValueError, match="expected|understood"):

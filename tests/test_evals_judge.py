@@ -122,6 +122,21 @@ def test_the_key_is_neither_written_nor_printed(tmp_path, monkeypatch, capfd):
     assert KEY not in str(error.value)
 
 
+def test_what_says_nothing_three_times_is_asked_again_by_the_next_run(tmp_path, picture):
+    asked = []
+
+    def reply(request):
+        asked.append(request)
+        return "hm" if len(asked) <= 3 else "yes"
+    questions = [("Is it red?", picture)]
+    with judge_server.running(reply) as server:
+        for expected in ([None], ["yes"]):
+            asker = Judge(server.url, "m", tmp_path / "judge")
+            found = judge.ask_until_read(asker, questions, lambda text: text if text == "yes" else None)
+            assert found == expected
+    assert len(asked) == 4
+
+
 def test_a_placeholder_for_a_key_changes_no_reply(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "1")
     reply, requests = reply_to_one(in_turn("Score: 1"))

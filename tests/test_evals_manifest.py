@@ -205,6 +205,33 @@ def test_scored_files_have_a_manifest(tmp_path):
         run(tmp_path / "out")
 
 
+def test_the_score_of_an_official_scorer_joins_the_manifest_of_the_drawn_pictures(tmp_path):
+    out, file, data = tmp_path / "out", tmp_path / "results.jsonl", tmp_path / "prompts.jsonl"
+    file.write_text("scores")
+    data.write_text("prompts")
+    drawn = run(out, benchmark="geneval", data=[data])
+    given, result = SimpleNamespace(file=file, name=None), Result({"official": {"overall": 0.5}})
+    with pytest.raises(ValueError, match="benchmark is geneval there and dpg here"):
+        manifest.write_scored(out, "dpg", given, result, [data])
+    manifest.write_scored(out, "geneval", given, result, [data])
+    digest = hashlib.sha256(b"scores").hexdigest()
+    assert manifest.read(out) == drawn | {"scored": {"results.jsonl": digest}}
+    told = json.loads((out / "scores.json").read_text())
+    assert told["scores"] == result.scores and "results.jsonl" in told["notes"][0]
+    manifest.write_scored(out, "geneval", given, result, [data])
+    file.write_text("other scores")
+    with pytest.raises(ValueError, match="results.jsonl is .* give another --out"):
+        manifest.write_scored(out, "geneval", given, result, [data])
+    manifest.write(out, drawn | {"status": "drawing"})
+    with pytest.raises(ValueError, match="the run here is not finished"):
+        manifest.write_scored(out, "geneval", given, result, [data])
+
+
+def test_flags_keep_no_key(tmp_path):
+    given = SimpleNamespace(judge_url="https://me:pass@host/v1?api_key=SECRET", seed=3)
+    assert origins.flags(given) == {"judge_url": "https://host/v1", "seed": 3}
+
+
 def test_results_are_shown_as_markdown(capsys):
     scores = {"official": {"F1": 0.87654, "yes-ratio": 0.5}, "vlmevalkit": {"total": 1155.256, "n": 3}}
     result = Result(scores, {"questions": 9, "failed": 0}, ("Mind this.",))

@@ -123,6 +123,7 @@ def test_official_files_are_read_back(data, tmp_path):
     (1, {"index": "7"}, "line 4: the question '7' stands on line 2 too"),
     (0, {"question": " "}, "line 2: question is empty"),
     (0, {"answer": "E"}, "line 2: the answer 'E' is none of the options A, B, C, D"),
+    (1, {"answer": ""}, "1 of 6 rows have no answer, the first of them is that of index 1000007"),
     (4, {"B": ""}, "line 10: fewer than two options"),
     (1, {"index": "9000009"}, "question 7 has 3 rows for 4 rotations; is the file cut short?")])
 def test_bad_rows(tmp_path, index, change, message):

@@ -65,6 +65,12 @@ def test_a_failed_question_takes_its_picture_along(data):
     assert "1 of 56 questions failed" in result.notes[0]
 
 
+def test_nothing_is_scored_without_a_whole_pair(data):
+    [question, *_] = mme.read(arguments(mme, data))
+    with pytest.raises(ValueError, match="no picture has answers to both of its questions"):
+        mme.score([question], {question.key: "yes"})
+
+
 def test_a_part_has_no_sums_of_missing_subtasks(data):
     questions = mme.read(arguments(mme, data))[:7]
     result = mme.score(questions, right(questions))

@@ -1,6 +1,6 @@
 """Benchmarks: draw or answer, score, compare.
 
-    python -m harmonkit.evals geneval --model wusize/Harmon-1_5B --size 512    # draws, scores, prints a table
+    python -m harmonkit.evals geneval --model wusize/Harmon-1_5B --size 512 --scorer ours   # draws, scores
     python -m harmonkit.evals pope gqa --pope-data POPE/ --gqa-data GQA/ …     # several, one after the other
     torchrun --nproc_per_node 8 -m harmonkit.evals geneval dpg …               # shares the work, same results
     python -m harmonkit.evals score pope answers.jsonl --data POPE/            # what another model answered
@@ -103,26 +103,40 @@ def run_benchmarks(names, flags):
     if len(names) > 1:                  # a fault in the last one's data should not show after hours
         for name, args in parsed.items():
             if name not in OF_THE_WORLD:
-                module_of(name).read(args)
+                runner_of(name).check(module_of(name), args, folder_of(name, args, len(names)))
     loaded = None
     with connected():
         for name, args in parsed.items():
-            if len(names) > 1 and getattr(args, "out", None) is not None:
-                args.out = args.out / name
             args.loaded = loaded
-            run_one(name, args)
+            run_one(name, args, folder_of(name, args, len(names)))
             loaded = args.loaded
 
 
-def run_one(name, args):
+def runner_of(name):
+    return importlib.import_module(f"harmonkit.evals.{'pictures' if name in DRAWING else 'answers'}")
+
+
+def folder_of(name, args, count):
+    """The folder of a benchmark's results, of `count` benchmarks in one command."""
+    out = getattr(args, "out", None)
+    if out is not None:
+        return out / name if count > 1 else out
+    if name in OF_THE_WORLD:
+        return None
+    from harmonkit.evals import benchmark
+
+    return benchmark.default_folder(args, name)
+
+
+def run_one(name, args, out):
     module = module_of(name)
     if name in OF_THE_WORLD:
+        args.out = out
         module.run(args)
         return
     from harmonkit.evals import benchmark
 
-    runner = importlib.import_module(f"harmonkit.evals.{'pictures' if name in DRAWING else 'answers'}")
-    result = runner.run(name, module, args, args.out or benchmark.default_folder(args, name))
+    result = runner_of(name).run(name, module, args, out)
     if result is not None:
         benchmark.show(name, result)
 
@@ -144,6 +158,8 @@ def score(argv):
     parser.add_argument("file", type=file_path, help="what the model answered, or what the scorer wrote")
     module.add_arguments(parser)
     parser.add_argument("--out", type=file_path, help="a folder for scores.json and manifest.json")
+    if name in DRAWING:
+        parser.add_argument("--device", help="of a detector or of FID's network")
     parser.add_argument("--name", help="of the model in tables; default: the file's")
     args = parser.parse_args(flags)
     if name in DRAWING:

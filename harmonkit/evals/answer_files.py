@@ -107,6 +107,14 @@ def check_count(path, count, expected, hint=""):
         raise ValueError(f"{path}: {count} answers to {expected} questions; {problem}{hint}?")
 
 
+def by_field(questions, name) -> dict:
+    """{value of a field: the questions that have it}, in their order."""
+    groups = {}
+    for question in questions:
+        groups.setdefault(question.fields[name], []).append(question)
+    return groups
+
+
 # ---- what every benchmark counts -------------------------------------------------------------------------
 
 def answered(questions, answers) -> list:

@@ -37,12 +37,9 @@ def run(name, module, args, out):
     Raises ValueError or OSError before anything is answered, if the flags, the data or the folder are wrong.
     """
     out = Path(out)
-    benchmark.check_common(args)
-    outputs.check_folder(out)
-    questions = module.read(args)
+    questions = check(module, args, out)
     total = len(questions)
     questions = questions[:args.limit]
-    check_images(questions, args)
     size = parse_size(args.size)
     with connected():
         loaded = benchmark.load(args)
@@ -55,6 +52,16 @@ def run(name, module, args, out):
         answer(loaded.model, questions, grid, args, out)
         barrier()
         return finish(module, questions, total, args, out, about) if rank_and_world_size()[0] == 0 else None
+
+
+def check(module, args, out) -> list:
+    """All Questions. Raises ValueError or OSError for flags, data or a folder that cannot be used."""
+    benchmark.check_common(args)
+    parse_size(args.size)
+    outputs.check_folder(out)
+    questions = module.read(args)
+    check_images(questions[:args.limit], args)
+    return questions
 
 
 def check_images(questions, args):

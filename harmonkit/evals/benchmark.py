@@ -11,6 +11,7 @@ from harmonkit.devices import DTYPES, choose_device, choose_dtype, rank_and_worl
 from harmonkit.drawing import about_model
 from harmonkit.evals.origins import weight_files
 from harmonkit.fast import MODES, accelerate
+from harmonkit.pipeline import CONTEXT_LENGTH
 from harmonkit.repeatable import make_repeatable
 from harmonkit.terminal import file_path
 
@@ -68,15 +69,15 @@ def add_common_arguments(parser):
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: float32 for small models on a CPU")
     add("--mode", choices=MODES, default="auto", help="packed (x86), compiled, eager; auto: the fastest")
     add("--out", type=file_path, help="folder of the results; default: results/MODEL/BENCHMARK")
-    add("--seed", type=int, default=0, help="default: 0")
     add("--batch-size", type=int, default=8, help="pictures or questions at once; default: 8")
     add("--limit", type=int, metavar="N", help="only the first N; the score is marked as a part's")
     add("--overwrite", action="store_true", help="make anew what is in --out already")
 
 
 def add_drawing_arguments(parser):
-    """Flags of the benchmarks that draw: fields of Sampling."""
+    """Flags of the benchmarks that draw: the seed, and fields of Sampling."""
     add = parser.add_argument
+    add("--seed", type=int, default=0, help="default: 0")
     add("--num-iter", "--steps", type=int, help="steps K; default: 64, at most a quarter of the tokens")
     add("--cfg", type=float, help="classifier-free guidance, 1 = off; default: 3")
     add("--cfg-schedule", help="constant (default), or linear: from 1 to --cfg")
@@ -96,6 +97,9 @@ def check_common(args):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if getattr(args, "max_new_tokens", 1) >= CONTEXT_LENGTH:
+        raise ValueError(f"--max-new-tokens is {args.max_new_tokens}; with the question there is room for "
+                         f"{CONTEXT_LENGTH}")
 
 
 def data_files(module, args) -> list:

@@ -42,19 +42,21 @@ class Models:
 
 # ---- loading ---------------------------------------------------------------------------------------------
 
-def check():
-    """Raise ValueError if a package is missing."""
+def check(detector, clip):
+    """Raise ValueError, before hours of drawing, if a package is missing or a model cannot be found."""
     try:
         import scipy  # noqa: F401  transformers' Mask2Former needs it
-        import transformers  # noqa: F401
+        import transformers
     except ImportError as error:
         message = f'--scorer ours: {error.name} is not installed; pip install "harmon[evals]"'
         raise ValueError(message) from None
+    load_one("--detector", transformers.AutoConfig, detector)
+    load_one("--clip", transformers.AutoConfig, clip)
 
 
 def load(detector, clip, device=None) -> Models:
     """The models of two folders or hub names. Raises ValueError, naming the flag, if one cannot be used."""
-    check()
+    check(detector, clip)
     import transformers
 
     device = choose_device(device)

@@ -63,7 +63,7 @@ def read(args) -> list:
     categories = read_categories(args.data)
     items = []
     for prompt in read_prompts(args.data):
-        fields = {"category": categories[prompt.name]} if categories else {}
+        fields = {"category": categories.get(prompt.name)} if categories else {}
         items.append(Item(prompt.name, prompt.text, fields))
     return items
 
@@ -139,6 +139,8 @@ def distance(folder, expected, args) -> Result:
         features = library.get_folder_features(
             str(path), model, num_workers=workers, batch_size=args.fid_batch_size, device=device,
             mode=args.fid_mode, description="features", verbose=False)
+        if len(features) != count_images(path):
+            raise ValueError(f"{path}: {name} read {len(features)} of {count_images(path)} pictures")
         return features.mean(axis=0), np.cov(features, rowvar=False)
     real = read_statistics(args.reference) if args.reference.is_file() else moments(args.reference)
     fid = float(library.frechet_distance(*moments(folder), *real))

@@ -45,7 +45,7 @@ def add_arguments(parser):
 def check(args):
     """Raise ValueError if the scorer's packages are not there."""
     if args.scorer == OURS:
-        detector.check()
+        detector.check(args.detector, args.clip)
 
 
 # ---- prompts and pictures --------------------------------------------------------------------------------

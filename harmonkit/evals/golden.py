@@ -59,7 +59,7 @@ def check_file(path):
     benchmark = BENCHMARKS[name]
     failures, refused = [], 0
     checks = [(f"case {number} ({case.get('kind')})", case, benchmark.readings)
-              for number, case in enumerate(content.get("cases", []), 1)]
+              for number, case in enumerate(content.get("cases") or [], 1)]
     checks += [(f"aggregate {number}", case, benchmark.aggregates)
                for number, case in enumerate(aggregates_of(content), 1)]
     if not checks:
@@ -83,15 +83,18 @@ def load(path):
     content = {"cases": content} if isinstance(content, list) else content
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a golden file is a JSON object with `cases`, not {type(content).__name__}")
-    for case in content.get("cases", []) + aggregates_of(content):
+    if not all(isinstance(content.get(name) or [], list) for name in ("cases", "more_aggregates")):
+        raise ValueError(f"{path}: `cases` and `more_aggregates` must be lists")
+    for case in [*(content.get("cases") or []), *aggregates_of(content)]:
         if not isinstance(case, dict) or not {"input", "expected"} <= set(case):
             raise ValueError(f"{path}: a case must have `input` and `expected`, but one is {shown(case)}")
     return content
 
 
 def aggregates_of(content):
-    first = [content["aggregate"]] if "aggregate" in content else []
-    return first + content.get("more_aggregates", [])
+    """`aggregate` and `more_aggregates`; a null is none."""
+    first = [content["aggregate"]] if content.get("aggregate") is not None else []
+    return first + (content.get("more_aggregates") or [])
 
 
 def benchmark_of(path, content):
@@ -100,7 +103,7 @@ def benchmark_of(path, content):
     named = [name for name, benchmark in BENCHMARKS.items() if re.search(benchmark.source, source)]
     words = re.split(r"[^a-z0-9]+", path.stem.lower())
     named = named if len(named) == 1 else [name for name in BENCHMARKS if name in words]
-    named = named if len(named) == 1 else by_form(content.get("cases", []))
+    named = named if len(named) == 1 else by_form(content.get("cases") or [])
     if len(named) != 1:
         raise ValueError(f"{path}: neither `source`, nor the file's name, nor the cases tell which benchmark "
                          f"it is of; name it after one of {', '.join(BENCHMARKS)}")
@@ -109,7 +112,7 @@ def benchmark_of(path, content):
 
 def by_form(cases):
     """The names of the benchmarks whose inputs have such keys; MME alone reads an answer as other too."""
-    keys = {key for case in cases for key in case["input"]}
+    keys = {key for case in cases if isinstance(case["input"], dict) for key in case["input"]}
     marks = {"geneval": {"detections"}, "dpg": {"questions"}, "mmmu": {"response"}, "seed": {"choice_a"},
              "mmbench": {"prediction", "rows"}, "wise": {"consistency", "lines"}}
     named = [name for name, marks_of_it in marks.items() if marks_of_it & keys]
@@ -163,7 +166,7 @@ def may_refuse(case, expected):
     given = case["input"]
     if isinstance(given, dict) and {"answers", "labels"} <= set(given):
         return len(given["answers"]) != len(given["labels"])
-    return bool(re.search("missing|refuse", case.get("note", "")))
+    return bool(re.search("missing|refuse", str(case.get("note", ""))))
 
 
 def equal(expected, got, tolerances, tolerance, partly=False):

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from harmonkit.evals.golden_wise import wise_case, wise_score
 from harmonkit.evals.rules import dpg, geneval, gqa, mmbench, mme, mmmu, pope, seed, yes_no
@@ -113,6 +114,22 @@ def sets_in_order(case, value):
     return {key: sorted(part) if isinstance(part, list) else part for key, part in value.items()}
 
 
+def mmmu_in_order(case, value):
+    """Sets in order; a discipline without questions, which the official tool prints as 0 of 0, is none."""
+    value = sets_in_order(case, value)
+    if isinstance(value.get("main_eval_only"), dict):
+        parts = value["main_eval_only"].items()
+        value["main_eval_only"] = {name: part for name, part in parts if part["num"]}
+    return value
+
+
+def dpg_in_order(case, value):
+    """An item may be named by its picture's file."""
+    if "failed" not in value:
+        return value
+    return value | {"failed": sorted(Path(name).stem for name in value["failed"])}
+
+
 def geneval_case(case):
     return geneval.verdict(case["input"]["metadata"], case["input"]["detections"])
 
@@ -183,7 +200,7 @@ BENCHMARKS = {
         source="MMMU",
         readings={"expected": mmmu_case, "vlmevalkit": mmmu_vlmevalkit},
         aggregates={"expected": lambda case: mmmu.score(case["input"])},
-        in_order=sets_in_order,
+        in_order=mmmu_in_order,
     ),
     "geneval": Benchmark(
         source="geneval",
@@ -196,6 +213,7 @@ BENCHMARKS = {
         source="dpg_bench|ELLA",
         readings={"expected": dpg_case},
         aggregates={"expected": lambda case: dpg.official_aggregate(case["input"])},
+        in_order=dpg_in_order,
     ),
     "wise": Benchmark(
         source="WISE",

@@ -5,9 +5,10 @@ import re
 
 from harmonkit.evals.rules import wise
 
-NUMBERS = r"\d+(?:(?:, | and |, and )\d+)*"
+RANGE = r"\d+(?:(?:\.\.| to |-)\d+)?"
+NUMBERS = rf"{RANGE}(?:(?:, | and |, and )(?:ids? )?{RANGE})*"
 EXCEPTION = re.compile(rf"(?:the lines? of )?ids? ({NUMBERS}) "
-                       r"(?:(?:is |are )?(missing)|ha(?:s|ve) (\w+) ([^\s,]+))")
+                       r"(?:(?:is |are |stands? )?(?:there )?(missing|twice)|ha(?:s|ve) (\w+) ([^\s,]+))")
 SYNTAX = (ast.Expression, ast.Constant, ast.Name, ast.Load, ast.BinOp, ast.Compare, ast.IfExp,
           ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.cmpop)
 
@@ -44,16 +45,27 @@ def lines_of_rule(rule):
         code = compile(arithmetic(formula), rule, "eval")
         for number, line in lines.items():
             line[name.strip()] = eval(code, {"__builtins__": {}}, {"id": number})
-    for numbers, gone, name, value in EXCEPTION.findall(exceptions or ""):
-        for number in map(int, re.findall(r"\d+", numbers)):
-            if gone:
+    twice = []
+    for numbers, what, name, value in EXCEPTION.findall(exceptions or ""):
+        for number in ids_of(numbers):
+            if what == "missing":
                 del lines[number]
+            elif what == "twice":
+                twice.append(lines[number])
             else:
-                lines[number][name] = json.loads(value)
+                lines[number][name] = json.loads(value.replace("'", '"'))
     left = EXCEPTION.sub("", exceptions or "").strip(" ,.")
     if left not in ("", "and"):
         raise ValueError(f"the exception {left!r} is not understood in the rule {rule!r}")
-    return list(lines.values())
+    return [*lines.values(), *twice]
+
+
+def ids_of(text) -> list:
+    """"3, 5..7 and 9" -> [3, 5, 6, 7, 9]"""
+    found = []
+    for first, last in re.findall(r"(\d+)(?:(?:\.\.| to |-)(\d+))?", text):
+        found += range(int(first), int(last or first) + 1)
+    return found
 
 
 def arithmetic(formula):

@@ -111,6 +111,13 @@ class Judge:
             self.stop = threading.Event()           # for the next questions
         return replies
 
+    def forget(self, text, image):
+        """Delete the replies to a question from the disk."""
+        for attempt in range(TRIES):
+            file = self.file(self.body(text, image), attempt)
+            if file is not None:
+                file.unlink(missing_ok=True)
+
     def about(self) -> dict:
         """For the manifest: who was asked, and how many questions were asked, found on disk, and failed."""
         return {"url": self.endpoint.name, "model": self.model, **self.counts}
@@ -192,6 +199,8 @@ def ask_until_read(judge, questions, read) -> list:
         for i, reply in answered:
             answers[i] = read(reply)
         unread = [i for i, _ in answered if answers[i] is None]
+    for i in unread:                                # the next run asks again
+        judge.forget(*questions[i])
     return answers
 
 

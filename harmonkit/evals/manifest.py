@@ -115,24 +115,32 @@ def shown(value) -> str:
 def write_scored(out, benchmark, args, result, data=()):
     """The manifest and scores of a file that another model or an official scorer wrote.
 
-    args: of `score` (file, name). data: paths of the benchmark's files. How the other model was asked is not
-    known, so no template is named. Raises ValueError if the folder holds other results.
+    args: of `score` (file, name). data: paths of the benchmark's files. Pictures that were drawn in this
+    folder, for a scorer elsewhere, keep their manifest. Of another model it is not known how it was asked, so
+    no template is named. Raises ValueError if the folder holds other results.
     """
-    out = Path(out)
-    wanted = {
-        "benchmark": benchmark, "model": args.name or args.file.stem, "weights": None, "settings": {},
-        "protocol": None, "scored": {args.file.name: digest(args.file)},
-        "data": {Path(path).name: digest(path) for path in data}, "limit": None}
+    out, scored = Path(out), {args.file.name: digest(args.file)}
+    wanted = {"benchmark": benchmark, "data": {Path(path).name: digest(path) for path in data}}
     earlier = read(out)
     if earlier is not None:
-        for name in ("benchmark", "scored", "data"):
-            if earlier.get(name) != wanted[name]:
-                found = difference(name, earlier.get(name), wanted[name])
+        if earlier.get("status") not in ("complete", "part", "scored"):
+            raise ValueError(f"{out / NAME}: the run here is not finished; give another --out")
+        has_scores = (out / SCORES).exists()
+        for name, here in (wanted | ({"scored": scored} if has_scores else {})).items():
+            if earlier.get(name) != here:
+                found = difference(name, earlier.get(name), here)
                 raise ValueError(f"{out / NAME}: other results are here: {found}; give another --out")
+    if earlier is not None and earlier["status"] != "scored":
+        note = f"scored elsewhere, in the file {args.file.name}"
+        write_scores(out, benchmark, replace(result, notes=(note, *result.notes)))
+        write(out, earlier | {"scored": scored})
+        return
     write_scores(out, benchmark, result)
     run = {"started": now(), "device": None, "processes": 1, "versions": versions(),
            "flags": flags(args), "git_commit": git_commit(), "wall_seconds": None}
-    write(out, wanted | {"status": "scored", "numbers": result.counts, "runs": [run]})
+    write(out, wanted | {
+        "model": args.name or args.file.stem, "weights": None, "settings": {}, "protocol": None,
+        "scored": scored, "limit": None, "status": "scored", "numbers": result.counts, "runs": [run]})
 
 
 # ---- files -----------------------------------------------------------------------------------------------

@@ -105,6 +105,10 @@ def read(args) -> list:
         image = picture(args.data, place, row["image"], images)
         questions.append(Question(row["index"], asked, image, fields))
         groups[group_of(questions[-1])] += 1
+    without = [question.key for question in questions if not question.fields["row"].get("answer")]
+    if without and len(without) < len(questions):
+        raise ValueError(f"{args.data}: {len(without)} of {len(questions)} rows have no answer, the first of "
+                         f"them is that of index {without[0]}")
     for question in questions:
         question.fields["rotations"] = groups[group_of(question)]
     check_rotations(args.data, questions)

@@ -113,13 +113,6 @@ def picture_path(folder, subtask, picture) -> Path:
 
 # ---- answers ---------------------------------------------------------------------------------------------
 
-def by_subtask(questions) -> dict:
-    groups = {}
-    for question in questions:
-        groups.setdefault(question.fields["subtask"], []).append(question)
-    return groups
-
-
 def one_line(answer) -> str:
     """An answer that fits in a column: tabs and line breaks become spaces."""
     return re.sub(r"[\t\n\r]+", " ", answer)
@@ -132,7 +125,7 @@ def row_of(question, answer) -> tuple:
 
 def write(folder, questions, answers):
     """SUBTASK.txt: picture, question, Yes or No, answer, by tabs."""
-    for name, of_task in by_subtask(questions).items():
+    for name, of_task in answer_files.by_field(questions, "subtask").items():
         lines = ["\t".join(row_of(question, answers[question.key])) + "\n" for question in of_task]
         write_text(folder / f"{name}.txt", "".join(lines))
 
@@ -145,7 +138,7 @@ def read_answers(file, questions, args) -> dict:
             raise ValueError(f"{file}: the folder of MME's SUBTASK.txt is expected, or answers.jsonl")
         return answer_files.own_answers(file, rows, questions)
     answers = {}
-    for name, of_task in by_subtask(questions).items():
+    for name, of_task in answer_files.by_field(questions, "subtask").items():
         path = file / f"{name}.txt"
         rows = answer_lines(path)
         check_pairs(path, rows)
@@ -194,12 +187,14 @@ def score(questions, answers) -> Result:
     counts = answer_files.count(questions, answers)
     notes = answer_files.notes(counts)
     rows, alone = {}, 0
-    for name, of_task in by_subtask(questions).items():
+    for name, of_task in answer_files.by_field(questions, "subtask").items():
         pairs = list(zip(of_task[::2], of_task[1::2]))
         whole = [pair for pair in pairs if all(answers[question.key] is not None for question in pair)]
         alone += len(of_task) - 2 * len(pairs)
         rows[name] = [row_of(question, answers[question.key]) for pair in whole for question in pair]
     rows = {name: of_task for name, of_task in rows.items() if of_task}
+    if not rows:
+        raise ValueError("MME: no picture has answers to both of its questions; there is nothing to score")
     if alone:
         notes.append(f"{alone} question without the second one about its picture is left out")
     if set(rows) == set(rules.SUBTASKS) and len(questions) != NUM_QUESTIONS:
@@ -213,10 +208,7 @@ def score(questions, answers) -> Result:
 
 def table(rows, reader) -> dict:
     tasks = {name: rules.score_subtask(of_task, reader) for name, of_task in rows.items()}
-    numbers = {}
-    for title, names in (("perception", rules.PERCEPTION), ("cognition", rules.COGNITION)):
-        if all(name in tasks for name in names):
-            numbers[title] = sum(tasks[name]["score"] for name in names)
+    numbers = {title.lower(): total for title, total in rules.sums(tasks).items()}
     for name, task in tasks.items():
         numbers |= {name: task["score"], f"{name} acc": task["acc"], f"{name} acc+": task["acc_plus"]}
     return numbers

@@ -57,6 +57,8 @@ def flags(args) -> dict:
             shown[name] = value
         elif name not in ("loaded", "others"):
             shown[name] = re.sub(r"://[^/@\s]*@", "://", str(value))
+            if name.endswith("_url"):                           # a query may hold a key
+                shown[name] = shown[name].partition("?")[0]
     return shown
 
 

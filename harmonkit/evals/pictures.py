@@ -66,14 +66,12 @@ def run(name, module, args, out):
 def begin(name, module, args, out) -> Job:
     """Read, check and plan everything, and write the manifest."""
     out = Path(out)
-    check(module, args, out)
-    items = module.read(args)
+    items = check(module, args, out)
     total = len(items)
     listed = json.dumps([(item.name, item.prompt) for item in items])
     prompts_digest = hashlib.sha256(listed.encode()).hexdigest()
     items = items[:args.limit]
     size = parse_size(args.size)
-    sampling_settings(args)                                             # raises ValueError
     loaded = benchmark.load(args)
     settings = settings_of(loaded, args, size)
     sheets = plan(module, items, args.seed, settings, out)
@@ -90,13 +88,16 @@ def begin(name, module, args, out) -> Job:
     return Job(module, args, out, items, total, loaded, settings, sheets, about)
 
 
-def check(module, args, out):
-    """Raise ValueError for flags or a folder that cannot be used."""
+def check(module, args, out) -> list:
+    """All Items. Raises ValueError or OSError for flags, data or a folder that cannot be used."""
     benchmark.check_common(args)
     check_seed(args.seed)
+    parse_size(args.size)
+    sampling_settings(args)
     if hasattr(module, "check"):
         module.check(args)
     outputs.check_folder(out)
+    return module.read(args)
 
 
 def settings_of(loaded, args, size) -> dict:

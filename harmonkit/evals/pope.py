@@ -12,7 +12,7 @@ alone.
 from pathlib import Path
 
 from harmonkit.evals import answer_files
-from harmonkit.evals.answer_files import filled_field, text_field
+from harmonkit.evals.answer_files import by_field, filled_field, text_field
 from harmonkit.evals.benchmark import Question, Result
 from harmonkit.evals.json_files import read_objects, write_objects
 from harmonkit.evals.rules import pope as rules
@@ -22,6 +22,8 @@ from harmonkit.terminal import file_path
 PARTS = ("random", "popular", "adversarial")
 FILE = "coco_pope_{part}.json"
 NUM_QUESTIONS = 3000            # of a part
+HEADLINES = {"official": {"accuracy": "acc", "F1": "f1", "yes ratio": "yes_ratio"},
+             "vlmevalkit": {"F1": "f1", "accuracy": "acc", "yes ratio": "yes_ratio"}}
 TEMPLATES = {JANUS: "the question, a line break, a request for one word", PLAIN: "the question alone"}
 
 
@@ -72,13 +74,6 @@ def write(folder, questions, answers):
                       [{"question": q.fields["text"], "answer": answers[q.key]} for q in of_part])
 
 
-def by_field(questions, name) -> dict:
-    groups = {}
-    for question in questions:
-        groups.setdefault(question.fields[name], []).append(question)
-    return groups
-
-
 def read_answers(file, questions, args) -> dict:
     """Answers by place, {question, answer} a line, all parts in one file; or answers.jsonl, or a folder with
     the official files of all parts. The answer may be called text too. Raises ValueError.
@@ -124,7 +119,7 @@ def score(questions, answers) -> Result:
         by_part = {part: rule([answers[question.key] for question in of_part],
                               [question.fields["label"] for question in of_part])
                    for part, of_part in parts.items()}
-        scores[protocol] = table(by_part)
+        scores[protocol] = table(by_part, HEADLINES[protocol])
     for part, of_part in by_field(questions, "part").items():
         counts[part] = len(of_part)
         if len(of_part) != NUM_QUESTIONS:
@@ -135,9 +130,10 @@ def score(questions, answers) -> Result:
     return Result(scores, counts, tuple(notes))
 
 
-def table(by_part) -> dict:
-    """{part: numbers of a rule} -> {name: share}. What a part has no denominator for is left out."""
-    names = {"accuracy": "acc", "F1": "f1", "yes ratio": "yes_ratio"}
+def table(by_part, names) -> dict:
+    """{part: numbers of a rule} -> {name: share}, in the order of names {name: key}. What a part has no
+    denominator for is left out.
+    """
     shares = {}
     for name, key in names.items():
         values = [numbers[key] for numbers in by_part.values()]

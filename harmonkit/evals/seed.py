@@ -58,7 +58,9 @@ def rows_of(path) -> tuple:
     ids = [str(field(path, place, row, "question_id")) for place, row in places]
     answer_files.check_unique(path, zip(ids, (place for place, _ in places)))
     types = content.get("question_type")
-    names = {number: name for name, number in types.items()} if isinstance(types, dict) else rules.TYPES
+    names = rules.TYPES
+    if isinstance(types, dict):
+        names = {int(number): name for name, number in types.items() if str(number).isdecimal()}
     return places, names
 
 
@@ -72,8 +74,8 @@ def read(args) -> list:
         if row.get("data_type") != "image":
             raise ValueError(f"{args.data}, {place}: data_type is {row.get('data_type')!r} in a question "
                              "about an image")
-        options = {letter: text_field(args.data, place, row, f"choice_{letter.lower()}") for letter in "ABCD"}
-        if field(args.data, place, row, "answer") not in options:
+        options = {letter: option(args.data, place, row, f"choice_{letter.lower()}") for letter in "ABCD"}
+        if text_field(args.data, place, row, "answer") not in options:
             raise ValueError(f"{args.data}, {place}: the answer is {row['answer']!r}; A to D is expected")
         asked = ASK[args.template](filled_field(args.data, place, row, "question"), options)
         image = picture_path(args.images, filled_field(args.data, place, row, "data_id"))
@@ -85,6 +87,12 @@ def read(args) -> list:
     if not questions:
         raise ValueError(f"{args.data}: there is no question about an image")
     return questions
+
+
+def option(path, place, row, name) -> str:
+    """The text of an option, which may be a number. Raises ValueError."""
+    is_number = isinstance(row.get(name), (int, float))
+    return str(row[name]) if is_number else text_field(path, place, row, name)
 
 
 def picture_path(folder, name) -> Path:
