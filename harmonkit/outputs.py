@@ -156,9 +156,11 @@ def left_to_draw(sheets) -> list:
         if set(states) != {"done"}:
             left.append(number)
     if others:
+        is_picture = png_texts(others[0]) is not None
+        what = "drawn from another prompt, seed, settings or weights" if is_picture else "no PNG, or damaged"
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        raise ValueError(f"{others[0]}{more}: there already, drawn from another prompt, seed, settings or "
-                         "weights; give another --out, or --overwrite to replace")
+        raise ValueError(f"{others[0]}{more}: there already, {what}; give another --out, or --overwrite to "
+                         "replace")
     return left
 
 

@@ -66,6 +66,7 @@ def test_several_benchmarks_show_their_flags_by_name(stopped):
     (["score", "pope", "gone.jsonl", "--data", "gone.json"], "gone.json: no such file"),
     (["geneval", "--data", "gone.jsonl"], "gone.jsonl: no such file"),
     (["geneval", "--limit", "0"], "--limit is 0; it must be at least 1"),
+    (["geneval", "shapes", "--limit", "3"], "--limit: shapes has none"),
     (["geneval", "--model", "nowhere"], "nowhere: no such file or folder"),
     (["table", "nowhere"], "nowhere: no such folder"),
     (["golden", "nowhere.json"], "nowhere.json")])
@@ -153,6 +154,11 @@ def test_scoring_what_another_model_answered(tmp_path, capsys, stopped):
     assert (told["model"], told["status"]) == ("theirs", "scored")
     headline = next(iter(json.loads((tmp_path / "out/scores.json").read_text())["scores"].values()))
     assert 0.75 in headline.values()
+    first = tmp_path / "first.jsonl"
+    first.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
+    main([*map(str, ["score", "pope", first, "--data", tmp_path, "--limit", 2, "--out", tmp_path / "part"])])
+    assert "A part of the benchmark, the first 2" in capsys.readouterr().out
+    assert json.loads((tmp_path / "part/manifest.json").read_text())["limit"] == 2
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
     status, out, err = stopped(*flags)
     assert (status, out) == (2, "") and "answers.jsonl" in err and err.count("\n") == 1

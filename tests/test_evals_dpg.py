@@ -186,9 +186,9 @@ def test_prompts_without_an_answer_are_counted(tmp_path, flags):
     assert (result.counts["scored prompts"], result.counts["no answer"]) == (1, 1)
     assert result.counts["neither yes nor no"] == 1
     assert [note.split(":")[0] for note in result.notes] == [
-        "1 of 2 prompts are left out", "1 answers are neither yes nor no and count as no"]
+        "1 of 2 prompts are left out", "answers that are neither yes nor no, and count as no"]
     none = answer_file(tmp_path, dict.fromkeys(ANSWERS, "y--y"))
-    with pytest.raises(ValueError, match="no picture could be scored"):
+    with pytest.raises(ValueError, match="10 of 20 answers are missing or cannot be read"):
         dpg.read_scores(none, arguments(*flags))
 
 

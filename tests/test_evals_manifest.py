@@ -31,7 +31,7 @@ def args(**changes):
 
 def run(out, numbers=None, result=None, weights=None, **changes):
     """A whole run -> its manifest as it stands in the folder."""
-    options = {"settings": SETTINGS, "protocol": "janus", "data": [], "seed_rule": "seed"}
+    options = {"settings": SETTINGS, "protocol": "janus", "data": [], "seed_rule": "seed", "scorer": None}
     options |= {name: changes.pop(name) for name in list(changes) if name in options}
     name = changes.pop("benchmark", "pope")
     begun = manifest.start(out, name, args(**changes), weights or loaded(), **options)
@@ -225,6 +225,16 @@ def test_the_score_of_an_official_scorer_joins_the_manifest_of_the_drawn_picture
     manifest.write(out, drawn | {"status": "drawing"})
     with pytest.raises(ValueError, match="the run here is not finished"):
         manifest.write_scored(out, "geneval", given, result, [data])
+
+
+def test_scores_of_one_scorer_are_not_replaced_by_another_ones(tmp_path):
+    result = Result({"official": {"overall": 0.5}})
+    run(tmp_path, scorer={"judge": "me"}, result=result)
+    assert run(tmp_path)["scorer"] == {"judge": "me"}
+    with pytest.raises(ValueError, match="scores.json: of another scorer: judge is me there and you here"):
+        run(tmp_path, scorer={"judge": "you"}, result=result)
+    (tmp_path / "scores.json").unlink()
+    assert run(tmp_path, scorer={"judge": "you"}, result=result)["scorer"] == {"judge": "you"}
 
 
 def test_flags_keep_no_key(tmp_path):

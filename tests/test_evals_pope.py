@@ -53,7 +53,7 @@ def test_scores_by_part_and_their_mean(data):
     assert vlmevalkit["random unknown"] == 1 and vlmevalkit["random accuracy"] == pytest.approx(4 / 6)
     assert result.counts == {"questions": 18, "answered": 18, "failed": 0, "empty": 1, "random": 6,
                              "popular": 6, "adversarial": 6}
-    assert "the random part has 6 questions here; it has 3,000, an older random part 2,910" in result.notes
+    assert "the random part has 6 questions here; it has 3,000, an older one 2,910" in result.notes
 
 
 def test_failed_questions_are_left_out_and_counted(data):

@@ -97,6 +97,9 @@ def run_benchmarks(names, flags):
     for name in names:
         check_name(name, BENCHMARKS)
     names = list(dict.fromkeys(names))
+    world = [name for name in names if name in OF_THE_WORLD]
+    if world and len(names) > 1 and any(flag.split("=")[0] == "--limit" for flag in flags):
+        raise ValueError(f"--limit: {world[0]} has none; run it in a command of its own")
     parsed = parse(names, flags)
     from harmonkit.devices import connected
 
@@ -157,16 +160,20 @@ def score(argv):
     parser = Parser(f"{COMMAND} score {name}", module.__doc__)
     parser.add_argument("file", type=file_path, help="what the model answered, or what the scorer wrote")
     module.add_arguments(parser)
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts or questions alone")
     parser.add_argument("--out", type=file_path, help="a folder for scores.json and manifest.json")
     if name in DRAWING:
         parser.add_argument("--device", help="of a detector or of FID's network")
     parser.add_argument("--name", help="of the model in tables; default: the file's")
     args = parser.parse_args(flags)
+    benchmark.check_common(args)
     if name in DRAWING:
         result = module.read_scores(args.file, args)
     else:
-        questions = module.read(args)
+        questions = module.read(args)[:args.limit]
         result = module.score(questions, module.read_answers(args.file, questions, args))
+    if args.limit is not None and result is not None:
+        result = manifest.as_part(result, args.limit)
     if args.out is not None:
         manifest.write_scored(args.out, name, args, result, benchmark.data_files(module, args))
     benchmark.show(name, result)

@@ -136,7 +136,7 @@ def notes(counts) -> list:
         found.append(f"{counts['failed']} of {counts['questions']} questions failed, see answers.jsonl; they "
                      "are left out, so this is not the whole benchmark's score")
     if counts["empty"]:
-        found.append(f"{counts['empty']} answers are empty")
+        found.append(f"answers that are empty: {counts['empty']}")
     return found
 
 

@@ -22,6 +22,7 @@ from harmonkit.evals import judge
 from harmonkit.evals.benchmark import Item, Result
 from harmonkit.evals.dpg_files import PER_PROMPT, read_answers, read_questions, rows_of
 from harmonkit.evals.json_files import several, write_objects
+from harmonkit.evals.origins import digest
 from harmonkit.evals.rules import dpg as rules
 from harmonkit.images import open_image
 from harmonkit.prompts import read_prompts
@@ -48,6 +49,10 @@ def check(args):
         raise ValueError("--judge-url: --questions is missing, DPG-Bench's dpg_bench.csv")
     if args.questions is not None:
         rows_of(read_questions(args.questions), read(args)[:getattr(args, "limit", None)], args.questions)
+
+
+def scorer(args):
+    return {"judge": args.judge_model, "questions": digest(args.questions)} if args.judge_url else None
 
 
 # ---- prompts and pictures --------------------------------------------------------------------------------
@@ -160,7 +165,10 @@ def result(rows, items, notes=()) -> Result:
         notes.append(f"{len(unread)} of {len(items)} prompts are left out: not every question about them was "
                      "answered")
     if counts["neither yes nor no"]:
-        notes.append(f"{counts['neither yes nor no']} answers are neither yes nor no and count as no")
+        notes.append(f"answers that are neither yes nor no, and count as no: {counts['neither yes nor no']}")
+    if len(unread) == len(items):
+        raise ValueError(f"DPG-Bench: {counts['no answer']} of {len(answers)} answers are missing or cannot "
+                         "be read, so no prompt has a score; a judge's replies lie in the folder judge")
     whole = rules.aggregate(pictures)
     if whole["failed"]:
         counts["scored prompts"] -= len(whole["failed"])

@@ -54,6 +54,10 @@ def check(args):
         cleanfid()
 
 
+def scorer(args):
+    return {"reference": args.reference.name, "mode": args.fid_mode} if args.reference else None
+
+
 # ---- prompts and pictures --------------------------------------------------------------------------------
 
 def read(args) -> list:
@@ -120,7 +124,7 @@ def read_scores(file, args) -> Result:
     if not file.is_dir():
         raise ValueError(f"{file}: a folder of pictures is expected")
     check(args)
-    expected = count_images(file) if args.data is None else len(read(args))
+    expected = count_images(file) if args.data is None else len(read(args)[:getattr(args, "limit", None)])
     return distance(file, expected, args)
 
 

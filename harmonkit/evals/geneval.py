@@ -48,6 +48,10 @@ def check(args):
         detector.check(args.detector, args.clip)
 
 
+def scorer(args):
+    return {"detector": args.detector, "clip": args.clip} if args.scorer == OURS else None
+
+
 # ---- prompts and pictures --------------------------------------------------------------------------------
 
 def read(args) -> list:

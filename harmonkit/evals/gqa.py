@@ -19,6 +19,7 @@ from harmonkit.evals.rules import gqa as rules
 from harmonkit.evals.templates import JANUS, LLAVA, add_template, word
 from harmonkit.terminal import file_path
 
+NUM_QUESTIONS = 12578           # not verified
 TEMPLATES = dict.fromkeys((JANUS, LLAVA), "the question, a line break, a request for one word or phrase")
 
 
@@ -118,4 +119,7 @@ def score(questions, answers) -> Result:
     for protocol, right in (("vlmevalkit", rules.right_vlmevalkit), ("lmms_eval", rules.right_lmms_eval)):
         verdicts = [right(answers[question.key], question.fields["row"]["answer"]) for question in asked]
         scores[protocol] = {"accuracy": 100 * sum(verdicts) / len(verdicts)}
-    return Result(scores, counts, tuple(answer_files.notes(counts)))
+    notes = answer_files.notes(counts)
+    if len(questions) != NUM_QUESTIONS:
+        notes.append(f"{len(questions)} questions; testdev, balanced, has 12,578 (not verified)")
+    return Result(scores, counts, tuple(notes))

@@ -10,6 +10,7 @@ file each, so a scoring that was killed asks nothing twice. Failures are not kep
 import hashlib
 import json
 import queue
+import sys
 import threading
 import time
 from pathlib import Path
@@ -40,7 +41,7 @@ class Judge:
         self.cache = None if cache is None else Path(cache)
         self.retries, self.requests, self.backoff = retries, requests, backoff
         self.counts = {"asked": 0, "cached": 0, "failed": 0}
-        self.failed_in_a_row = 0
+        self.failed_in_a_row, self.has_said = 0, False
         self.pause_until = 0.0                      # time.monotonic(), for all requests
         self.lock = threading.Lock()
         self.stop = threading.Event()
@@ -62,8 +63,8 @@ class Judge:
             as_image(image)                         # raises for a picture that is cut off
         try:
             reply = self.try_often(body)
-        except Failed:
-            self.count("failed")
+        except Failed as error:
+            self.count("failed", error)
             raise
         if file is not None:
             about = {"reply": reply, "url": self.endpoint.name, "model": self.model, "text": text}
@@ -112,11 +113,11 @@ class Judge:
         return replies
 
     def forget(self, text, image):
-        """Delete the replies to a question from the disk."""
+        """Set the replies to a question aside, as .unread files."""
         for attempt in range(TRIES):
             file = self.file(self.body(text, image), attempt)
-            if file is not None:
-                file.unlink(missing_ok=True)
+            if file is not None and file.exists():
+                file.replace(file.with_suffix(".unread"))
 
     def about(self) -> dict:
         """For the manifest: who was asked, and how many questions were asked, found on disk, and failed."""
@@ -152,23 +153,31 @@ class Judge:
                 with self.lock:
                     self.pause_until = max(self.pause_until, time.monotonic() + last.wait)
             if tries_left:
+                self.say_once(f"{self.endpoint.name}: {last}; trying again")
                 self.sleep(wait)
                 wait = min(60, 2 * wait)
         failure = f"{self.endpoint.name}: no reply in {self.retries + 1} tries; the last one: {last}"
         raise OSError(f"{failure}; {KEPT}") if last.unreachable else Failed(failure)
+
+    def say_once(self, text):
+        """Print the first trouble: later ones are counted."""
+        with self.lock:
+            if not self.has_said:
+                print(text, file=sys.stderr)
+            self.has_said = True
 
     def sleep(self, seconds):
         """Raises OSError when another question ended the scoring."""
         if self.stop.wait(max(0.0, seconds)):
             raise OSError("the requests to the judge were stopped")
 
-    def count(self, what):
+    def count(self, what, error=None):
         with self.lock:
             self.counts[what] += 1
             self.failed_in_a_row = self.failed_in_a_row + 1 if what == "failed" else 0
             if self.failed_in_a_row >= GIVE_UP_AFTER:
-                failure = f"{GIVE_UP_AFTER} questions in a row got no reply"
-                raise OSError(f"{self.endpoint.name}: {failure}; {KEPT}")
+                failure = f"{GIVE_UP_AFTER} questions in a row got no reply, the last one: {error}"
+                raise OSError(f"{failure}; {KEPT}")
 
 
 def read_reply(file) -> str | None:

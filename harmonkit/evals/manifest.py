@@ -19,12 +19,14 @@ COMPARED = ("benchmark", "weights", "settings", "protocol", "data", "seed", "see
 
 # ---- start and finish ------------------------------------------------------------------------------------
 
-def start(out, benchmark, args, loaded, *, settings, data=(), protocol=None, seed_rule=None) -> dict:
+def start(out, benchmark, args, loaded, *, settings, data=(), protocol=None, seed_rule=None,
+          scorer=None) -> dict:
     """Claim the folder `out` for a run: write its manifest, and return it for `finish`.
 
     args: of the command (model, seed, limit, overwrite). loaded: a benchmark.Loaded. settings: a dictionary
     for JSON: all that results depend on besides weights and data. data: paths of the files that are read.
     protocol: the name of the question template. seed_rule: how a picture's seed comes about, in words.
+    scorer: what the scores depend on besides, a dictionary, or None if this run scores nothing.
     Only process 0 of torchrun writes. Raises ValueError, in all processes, if the folder is another run's.
     """
     out = Path(out)
@@ -39,9 +41,14 @@ def start(out, benchmark, args, loaded, *, settings, data=(), protocol=None, see
     def look():
         earlier = read(out)
         if earlier is None:
-            return wanted | {"status": "running", "numbers": {}, "runs": [run]}
+            return wanted | {"status": "running", "numbers": {}, "scorer": scorer, "runs": [run]}
         check_same(out / NAME, earlier, wanted)
-        return wanted | {"status": "running", "numbers": {}, "runs": [*earlier.get("runs", []), run]}
+        before = earlier.get("scorer")
+        if (out / SCORES).exists() and scorer and before not in (None, scorer):
+            raise ValueError(f"{out / SCORES}: of another scorer: {difference('scorer', before, scorer)}; "
+                             "delete the file, or give another --out")
+        return wanted | {"status": "running", "numbers": {}, "scorer": scorer or before,
+                         "runs": [*earlier.get("runs", []), run]}
 
     def claim():
         manifest = look()
@@ -71,9 +78,7 @@ def finish(out, manifest, numbers, result=None, status=None):
     limit, whole = manifest["limit"], numbers.get("of")
     is_part = limit is not None and (whole is None or limit < whole)
     if is_part and result is not None:
-        of = "" if whole is None else f" of {whole}"
-        note = f"A part of the benchmark, the first {limit}{of}: not comparable with the whole."
-        result = replace(result, notes=(note, *result.notes))
+        result = as_part(result, limit, whole)
     if result is not None:
         write_scores(out, manifest["benchmark"], result)
     seconds = round(time.monotonic() - manifest["began"], 1)
@@ -82,6 +87,13 @@ def finish(out, manifest, numbers, result=None, status=None):
     ended |= {"status": status or ("part" if is_part else "complete"), "numbers": dict(numbers), "runs": runs}
     write(out, ended)
     return result
+
+
+def as_part(result, limit, whole=None):
+    """The Result with a note that it is of the first `limit` prompts or questions alone."""
+    of = "" if whole is None else f" of {whole}"
+    note = f"A part of the benchmark, the first {limit}{of}: not comparable with the whole."
+    return replace(result, notes=(note, *result.notes))
 
 
 def check_same(file, earlier, wanted):
@@ -120,7 +132,8 @@ def write_scored(out, benchmark, args, result, data=()):
     no template is named. Raises ValueError if the folder holds other results.
     """
     out, scored = Path(out), {args.file.name: digest(args.file)}
-    wanted = {"benchmark": benchmark, "data": {Path(path).name: digest(path) for path in data}}
+    wanted = {"benchmark": benchmark, "data": {Path(path).name: digest(path) for path in data},
+              "limit": getattr(args, "limit", None)}
     earlier = read(out)
     if earlier is not None:
         if earlier.get("status") not in ("complete", "part", "scored"):
@@ -140,7 +153,7 @@ def write_scored(out, benchmark, args, result, data=()):
            "flags": flags(args), "git_commit": git_commit(), "wall_seconds": None}
     write(out, wanted | {
         "model": args.name or args.file.stem, "weights": None, "settings": {}, "protocol": None,
-        "scored": scored, "limit": None, "status": "scored", "numbers": result.counts, "runs": [run]})
+        "scored": scored, "status": "scored", "numbers": result.counts, "runs": [run]})
 
 
 # ---- files -----------------------------------------------------------------------------------------------

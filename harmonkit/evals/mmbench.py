@@ -31,6 +31,7 @@ from harmonkit.evals.templates import (
 from harmonkit.prompts import read_text
 from harmonkit.terminal import file_path
 
+NUM_QUESTIONS = 1164            # of the dev part
 LONGEST_REFERENCE = 64          # characters of an image cell that names another row
 PREDICTION = "prediction"
 
@@ -200,6 +201,8 @@ def score(questions, answers):
     first_rows = [question for question in answered if int(question.key) == group_of(question)]
     parts = {"circular": whole_questions(answered), "plain": first_rows}
     number = len(set(map(group_of, questions)))
+    if number != NUM_QUESTIONS:
+        notes.append(f"{number} questions; the dev part has 1,164")
     del counts["questions"]                             # it counted rows
     sizes = {name: len(set(map(group_of, part))) for name, part in parts.items()}
     counts = {"questions": number} | sizes | {"rows": len(questions)} | counts

@@ -11,9 +11,10 @@ A drawing benchmark is a module with
     score(out, items, args)       -> Result, or None where a scorer is needed that is not here
     read_scores(file, args)       -> Result of a file that the official scorer wrote
 
-and perhaps seed_number(number, item), which stands for p, and check(args), which raises ValueError before
-the model is loaded. A picture's PNG holds its prompt, seed and settings, so a killed run goes on where it
-was, with any number of processes.
+and perhaps seed_number(number, item), which stands for p; check(args), which raises ValueError before the
+model is loaded; scorer(args), a dictionary of what scores depend on besides the pictures, or None. A
+picture's PNG holds its prompt, seed and settings, so a killed run goes on where it was, with any number of
+processes.
 """
 import hashlib
 import json
@@ -80,7 +81,8 @@ def begin(name, module, args, out) -> Job:
     compared |= {"per_prompt": module.PER_PROMPT, "prompts_sha256": prompts_digest}
     about = manifest.start(
         out, name, args, loaded, settings=compared, data=benchmark.data_files(module, args),
-        seed_rule=f"seed + {module.SEED_STRIDE}·prompt + sample")
+        seed_rule=f"seed + {module.SEED_STRIDE}·prompt + sample",
+        scorer=module.scorer(args) if hasattr(module, "scorer") else None)
     if rank_and_world_size()[0] == 0:
         for number, item in enumerate(items):
             module.prepare(out, number, item)

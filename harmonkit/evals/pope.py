@@ -123,8 +123,8 @@ def score(questions, answers) -> Result:
     for part, of_part in by_field(questions, "part").items():
         counts[part] = len(of_part)
         if len(of_part) != NUM_QUESTIONS:
-            notes.append(f"the {part} part has {len(of_part)} questions here; it has 3,000, an older random "
-                         "part 2,910")
+            older = ", an older one 2,910" if part == "random" else ""
+            notes.append(f"the {part} part has {len(of_part)} questions here; it has 3,000{older}")
     if set(parts) != set(PARTS):
         notes.append(f"accuracy, F1 and yes ratio are of the part {' and '.join(parts)} alone")
     return Result(scores, counts, tuple(notes))

@@ -21,6 +21,7 @@ from harmonkit.evals.rules import seed as rules
 from harmonkit.evals.templates import JANUS, LLAVA, add_template, janus_choice, llava_choice
 from harmonkit.terminal import file_path
 
+NUM_QUESTIONS = 14232           # not verified
 PREDICTIONS = "seed_predictions.jsonl"
 ASK = {JANUS: janus_choice, LLAVA: llava_choice}
 TEMPLATES = {JANUS: "question, options, an empty line, a request for the letter",
@@ -132,6 +133,9 @@ def score(questions, answers) -> Result:
     for protocol, right in PROTOCOLS.items():
         report = rules.score(rows, answers, right, names)
         scores[protocol] = {"accuracy": report["image_accuracy"]} | report["per_type"]
-    notes = [*answer_files.notes(counts), "letters were generated; the official scorer ranks the options by "
+    notes = answer_files.notes(counts)
+    if len(questions) != NUM_QUESTIONS:
+        notes.append(f"{len(questions)} questions; the image part has 14,232 (not verified)")
+    notes += ["letters were generated; the official scorer ranks the options by "
              "likelihood instead"]
     return Result(scores, counts, tuple(notes))

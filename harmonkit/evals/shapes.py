@@ -173,6 +173,10 @@ def print_scores(args, folder):
         pictures.finish(job)
 
 
+def scorer(args):
+    return {"questions": args.questions}
+
+
 def runner_arguments(args, num_iter):
     """The arguments as pictures.py expects them, for one number of steps."""
     fixed = {"size": None, "vae": None, "tokenizer": None, "limit": None, "cfg_schedule": None, "others": {}}

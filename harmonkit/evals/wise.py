@@ -87,6 +87,10 @@ def prepare(out, number, item):
     """Nothing stands beside the pictures."""
 
 
+def scorer(args):
+    return {"judge": args.judge_model} if args.judge_url else None
+
+
 # ---- the judge -------------------------------------------------------------------------------------------
 
 def score(out, items, args):
@@ -136,7 +140,7 @@ def read_scores(file, args) -> Result:
     """
     file = Path(file)
     if args.judge_url:
-        return score(file, read(args), args)
+        return score(file, read(args)[:getattr(args, "limit", None)], args)
     lines, edition = read_lines(file)
     wanted = read(args)[0].fields["edition"] if args.data is not None else args.edition
     if wanted not in (None, edition):
