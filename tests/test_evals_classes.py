@@ -1,6 +1,5 @@
 """The benchmark of drawing by class: rendered scenes get the scores that they deserve."""
 import pytest
-import torch
 from PIL import Image
 
 from harmonkit import mar_files
@@ -77,14 +76,13 @@ def test_bad_input_is_one_line(capsys, flags, message):
 
 
 def test_the_bundled_mar_draws_its_classes():
-    """With guidance most classes are right; without a class, or without guidance, fewer are."""
+    """With guidance most classes are right; without a class hardly a picture is, by chance."""
     model = mar_files.load("harmon-tiny", device="cpu")
-    labels = classes.LABELS[::5]
-    images = classes.draw(model, labels, 24, num_iter=64, num_sampling_steps=50, cfg=model_guidance())
+    labels, fast = classes.LABELS[::8], dict(num_iter=16, num_sampling_steps=25)
+    images = classes.draw(model, labels, 24, cfg=model_guidance(), **fast)
     right = sum(map(classes.correct, images, labels))
-    assert right >= 12, right
-    with torch.no_grad():
-        plain = model.generate_image([-1] * 6, num_iter=16, num_sampling_steps=25)
+    assert right >= 8, right
+    plain = model.generate_image([-1] * 6, **fast)
     assert sum(map(classes.correct, plain, labels)) <= 2
 
 
