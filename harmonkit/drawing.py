@@ -97,8 +97,8 @@ def draw_prompts(model, sheets, size, settings, args, *, draw=None, **inputs):
 def draw_sheets(sheets, draw_batch, settings, args, *, padded_length, called="prompts"):
     """Draw what is not there yet, and print the path of each sheet.
 
-    draw_batch: [Picture, …] -> PIL images. padded_length: see `outputs.batches`. called: what sheets are of,
-    for messages. Raises ValueError if another picture is in the way, or for too little memory.
+    draw_batch: Pictures -> PIL images. padded_length: see `outputs.batches`. called: what sheets are of, for
+    messages. Raises ValueError if another picture is in the way, or for too little memory.
     """
     overwrite = args.overwrite
     rank, world_size = rank_and_world_size()

@@ -126,8 +126,8 @@ def generate_image(model, prompts=None, *, size=None, seed=0, cfg=3.0, image=Non
     results then have the image's size, and `size` only says about how many pixels are drawn. like: a picture
     that the model looks at and draws anew, or a list with one for each prompt; its middle is seen, in the
     proportions of `size`. Its prompts are requests about it. Left out, they are the one that reconstruction
-    alignment trains; others are untrained. sampling: num_iter, cfg_schedule, temperature, solver, progress, …
-    of `Harmon.sample`.
+    alignment trains; others are untrained. sampling: num_iter, cfg_schedule, temperature, solver, progress of
+    `Harmon.sample`, and more.
     Raises ValueError for an empty prompt, an impossible size, settings outside their ranges, a mask that
     marks nothing or has another shape than the image, or weights that are not finite.
     """

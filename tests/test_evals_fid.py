@@ -135,6 +135,12 @@ def test_enough_pictures_bring_no_warning(tmp_path, library, monkeypatch):
     assert len(fid.read_scores(drawn, args(reference=drawn)).notes) == 1
 
 
+def test_a_limit_without_prompts_is_refused(tmp_path, library):
+    drawn = write(tmp_path / "drawn", (10, 0, 0), (30, 0, 0))
+    with pytest.raises(ValueError, match="--limit: --data is missing"):
+        fid.read_scores(drawn, args(reference=drawn, limit=2))
+
+
 def test_a_picture_that_the_library_does_not_read_is_an_error(tmp_path, library):
     drawn = write(tmp_path / "drawn", (10, 0, 0), (30, 0, 0))
     real = write(tmp_path / "real", (50, 0, 0), (50, 0, 0))

@@ -148,7 +148,6 @@ def test_a_placeholder_for_a_key_changes_no_reply(monkeypatch):
 def parsed(*flags):
     parser = argparse.ArgumentParser()
     judge.add_arguments(parser)
-    judge.add_arguments(parser)                             # dpg and wise in one command
     return parser.parse_args(flags)
 
 

@@ -195,7 +195,7 @@ def test_scored_files_have_a_manifest(tmp_path):
     manifest.write_scored(tmp_path / "out", "pope", given, result)
     told = manifest.read(tmp_path / "out")
     assert (told["status"], told["model"], told["weights"]) == ("scored", "theirs", None)
-    assert told["scored"] == {"theirs.jsonl": hashlib.sha256(b"answers").hexdigest()}
+    assert told["scorer"] == {"theirs.jsonl": hashlib.sha256(b"answers").hexdigest()}
     assert told["numbers"] == {"questions": 3}
     manifest.write_scored(tmp_path / "out", "pope", given, result)
     file.write_text("other answers")
@@ -215,13 +215,17 @@ def test_the_score_of_an_official_scorer_joins_the_manifest_of_the_drawn_picture
         manifest.write_scored(out, "dpg", given, result, [data])
     manifest.write_scored(out, "geneval", given, result, [data])
     digest = hashlib.sha256(b"scores").hexdigest()
-    assert manifest.read(out) == drawn | {"scored": {"results.jsonl": digest}}
+    assert manifest.read(out) == drawn | {"scorer": {"results.jsonl": digest}}
     told = json.loads((out / "scores.json").read_text())
     assert told["scores"] == result.scores and "results.jsonl" in told["notes"][0]
     manifest.write_scored(out, "geneval", given, result, [data])
     file.write_text("other scores")
     with pytest.raises(ValueError, match="results.jsonl is .* give another --out"):
         manifest.write_scored(out, "geneval", given, result, [data])
+    file.write_text("scores")
+    assert run(out, benchmark="geneval", data=[data])["scorer"] == {"results.jsonl": digest}
+    with pytest.raises(ValueError, match="scores.json: of another scorer"):
+        run(out, benchmark="geneval", data=[data], scorer={"detector": "ours"})
     manifest.write(out, drawn | {"status": "drawing"})
     with pytest.raises(ValueError, match="the run here is not finished"):
         manifest.write_scored(out, "geneval", given, result, [data])

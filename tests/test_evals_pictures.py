@@ -46,7 +46,7 @@ def toy(prompts=PROMPTS, **changes):
     module = dict(
         PER_PROMPT=2, SEED_STRIDE=100_000, prepare=prepare, score=score, add_arguments=lambda parser: None,
         read=lambda args: [Item(f"{p:05}", text) for p, text in enumerate(prompts)],
-        picture=lambda number, item, sample: f"{item.name}/{sample}.png", grid=lambda number, item: None)
+        picture=lambda number, item, sample: f"{item.name}/{sample}.png")
     return SimpleNamespace(**module | changes)
 
 

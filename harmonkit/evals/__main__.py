@@ -1,8 +1,8 @@
 """Benchmarks: draw or answer, score, compare.
 
     python -m harmonkit.evals geneval --model wusize/Harmon-1_5B --size 512 --scorer ours   # draws, scores
-    python -m harmonkit.evals pope gqa --pope-data POPE/ --gqa-data GQA/ …     # several, one after the other
-    torchrun --nproc_per_node 8 -m harmonkit.evals geneval dpg …               # shares the work, same results
+    python -m harmonkit.evals pope gqa --pope-data POPE/ --gqa-data GQA/ …     # several in turn
+    torchrun --nproc_per_node 8 -m harmonkit.evals geneval dpg …               # shares the work
     python -m harmonkit.evals score pope answers.jsonl --data POPE/            # what another model answered
     python -m harmonkit.evals table results/*                                  # all scores side by side
     python -m harmonkit.evals list                                             # what each benchmark needs
@@ -191,8 +191,7 @@ def table(argv):
     module = importlib.import_module("harmonkit.evals.table")
     parser = Parser(f"{COMMAND} table", module.__doc__)
     parser.add_argument("folders", nargs="+", type=file_path)
-    if hasattr(module, "add_arguments"):
-        module.add_arguments(parser)
+    module.add_arguments(parser)
     args = parser.parse_args(argv)
     module.main(args.folders, args)
 

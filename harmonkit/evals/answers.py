@@ -4,11 +4,12 @@ An answering benchmark is a module with
 
     TEMPLATES                               {name: what it is}; --template chooses one
     add_arguments(parser)                   its own flags: --data, --template, perhaps --images
-    files(args)                             -> the data's files, whose digests the manifest holds
     read(args)                              -> [Question, …]
     write(folder, questions, answers)       the official scorer's files; answers: {key: text}
     read_answers(file, questions, args)     -> {key: text, None = failed} of somebody else's file
     score(questions, answers)               -> Result, or None where only a server has the right answers
+
+and perhaps files(args), the data's files, whose digests the manifest holds; otherwise it is that of --data.
 
 OUT/answers.jsonl holds the answers in the questions' order; until all are there, each process writes to a
 part of its own (answer_parts.py). The batches are the same for any number of processes and after a kill, and
@@ -47,8 +48,8 @@ def run(name, module, args, out):
         settings = {"size": [side * loaded.model.config.vae.stride for side in grid],
                     "max_new_tokens": args.max_new_tokens, "dtype": loaded.about["dtype"],
                     "mode": loaded.about["mode"]}
-        about = manifest.start(out, name, args, loaded, settings=settings, data=module.files(args),
-                               protocol=args.template)
+        about = manifest.start(out, name, args, loaded, settings=settings, protocol=args.template,
+                               data=benchmark.data_files(module, args))
         answer(loaded.model, questions, grid, args, out)
         barrier()
         return finish(module, questions, total, args, out, about) if rank_and_world_size()[0] == 0 else None

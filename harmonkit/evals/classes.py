@@ -9,9 +9,8 @@ Counted are the classes whose color and shape occur together in training: 120 of
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from harmonkit import mar_files
+from harmonkit.evals.world_scores import draw
 from harmonkit.shapes_world import world
 from harmonkit.shapes_world.judge import find
 from mar import Sampling
@@ -30,14 +29,6 @@ def correct(image, label) -> bool:
     first, second = things if world.relation(*things) in ("left", "above") else things[::-1]
     others = first.color != second.color and first.shape != second.shape
     return (first.color, first.shape) == told and others
-
-
-def draw(model, labels, batch, seed=0, **sampling) -> list:
-    """A PIL image for each label, `batch` at a time; image i has seed + i."""
-    images = []
-    for start in tqdm(range(0, len(labels), batch), desc="drawing", disable=None, leave=False):
-        images += model.generate_image(labels[start:start + batch], seed=seed + start, **sampling)
-    return images
 
 
 def score(model, count, batch, seed=0, sheet=None, **sampling) -> float:

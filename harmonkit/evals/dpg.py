@@ -70,10 +70,6 @@ def grid(number, item) -> str:
     return f"{item.name}.png"
 
 
-def prepare(out, number, item):
-    """Nothing stands beside the pictures."""
-
-
 # ---- scores ----------------------------------------------------------------------------------------------
 
 def score(out, items, args):
@@ -175,8 +171,7 @@ def result(rows, items, notes=()) -> Result:
         notes.append(f"{len(whole['failed'])} of {len(items)} prompts are left out: the table has a question "
                      f"that depends on one which is not there: {several(whole['failed'])}")
     scores = {"all questions": levels(whole)}
-    skipped = [picture | {"questions": [row for row in picture["questions"] if not row["is_first"]]}
-               for picture in pictures]
+    skipped = rules.without_first_question(pictures) if rows[0]["is_first"] else pictures
     try:
         official = rules.aggregate(skipped)
     except ValueError:

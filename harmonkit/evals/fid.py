@@ -98,14 +98,6 @@ def picture(number, item, sample) -> str:
     return f"{FOLDER}/{item.name}.png" if category is None else f"{FOLDER}/{category}/{item.name}.png"
 
 
-def grid(number, item):
-    return None
-
-
-def prepare(out, number, item):
-    """Nothing stands beside the pictures."""
-
-
 # ---- score -----------------------------------------------------------------------------------------------
 
 def score(out, items, args):
@@ -124,6 +116,8 @@ def read_scores(file, args) -> Result:
     if not file.is_dir():
         raise ValueError(f"{file}: a folder of pictures is expected")
     check(args)
+    if getattr(args, "limit", None) and args.data is None:
+        raise ValueError("--limit: --data is missing, the prompts of which the pictures are the first ones")
     expected = count_images(file) if args.data is None else len(read(args)[:getattr(args, "limit", None)])
     return distance(file, expected, args)
 

@@ -1,6 +1,6 @@
 """GenEval: 553 prompts, four pictures each, scored by an object detector and a color classifier.
 
-    python -m harmonkit.evals geneval --model … --out OUT                   # draws, for GenEval's own scorer
+    python -m harmonkit.evals geneval --model … --out OUT                   # draws for GenEval's scorer
     python -m harmonkit.evals geneval --model … --out OUT --scorer ours     # draws and scores
     python -m harmonkit.evals score geneval results.jsonl                   # the official scorer's file
     python -m harmonkit.evals score geneval OUT --scorer ours               # pictures that are there already
@@ -97,11 +97,6 @@ def is_position(position, number) -> bool:
 
 def picture(number, item, sample) -> str:
     return f"{item.name}/samples/{sample:04}.png"
-
-
-def grid(number, item):
-    """None: the official grid.png beside the samples is optional."""
-    return None
 
 
 def prepare(out, number, item):

@@ -31,10 +31,6 @@ def add_arguments(parser):
 
 # ---- data ------------------------------------------------------------------------------------------------
 
-def files(args) -> list:
-    return [args.data]
-
-
 def rows_of(path) -> dict:
     """{id: question of the file}, balanced or not. Raises FileNotFoundError or ValueError."""
     rows = answer_files.json_document(path, dict)

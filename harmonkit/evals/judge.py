@@ -214,9 +214,7 @@ def ask_until_read(judge, questions, read) -> list:
 
 
 def add_arguments(parser):
-    """Add --judge-url and its companions, unless the parser has them already."""
-    if parser.get_default("judge_requests") is not None:
-        return
+    """Add --judge-url and its companions."""
     flag = parser.add_argument
     flag("--judge-url", help="an OpenAI-compatible endpoint that judges the pictures, for example "
                              f"http://localhost:8000/v1; its key is taken from {KEY_VARIABLE}")

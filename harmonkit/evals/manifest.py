@@ -44,9 +44,8 @@ def start(out, benchmark, args, loaded, *, settings, data=(), protocol=None, see
             return wanted | {"status": "running", "numbers": {}, "scorer": scorer, "runs": [run]}
         check_same(out / NAME, earlier, wanted)
         before = earlier.get("scorer")
-        if (out / SCORES).exists() and scorer and before not in (None, scorer):
-            raise ValueError(f"{out / SCORES}: of another scorer: {difference('scorer', before, scorer)}; "
-                             "delete the file, or give another --out")
+        if scorer:
+            check_scorer(out, before, scorer)
         return wanted | {"status": "running", "numbers": {}, "scorer": scorer or before,
                          "runs": [*earlier.get("runs", []), run]}
 
@@ -96,6 +95,13 @@ def as_part(result, limit, whole=None):
     return replace(result, notes=(note, *result.notes))
 
 
+def check_scorer(out, before, scorer):
+    """Raise ValueError if the folder has scores of another scorer."""
+    if (out / SCORES).exists() and before not in (None, scorer):
+        raise ValueError(f"{out / SCORES}: of another scorer: {difference('scorer', before, scorer)}; delete "
+                         "the file, or give another --out")
+
+
 def check_same(file, earlier, wanted):
     """Raise ValueError if the manifest in `file` is of another run than the wanted one."""
     for name in COMPARED:
@@ -138,22 +144,22 @@ def write_scored(out, benchmark, args, result, data=()):
     if earlier is not None:
         if earlier.get("status") not in ("complete", "part", "scored"):
             raise ValueError(f"{out / NAME}: the run here is not finished; give another --out")
-        has_scores = (out / SCORES).exists()
-        for name, here in (wanted | ({"scored": scored} if has_scores else {})).items():
+        check_scorer(out, earlier.get("scorer"), scored)
+        for name, here in wanted.items():
             if earlier.get(name) != here:
                 found = difference(name, earlier.get(name), here)
                 raise ValueError(f"{out / NAME}: other results are here: {found}; give another --out")
     if earlier is not None and earlier["status"] != "scored":
         note = f"scored elsewhere, in the file {args.file.name}"
         write_scores(out, benchmark, replace(result, notes=(note, *result.notes)))
-        write(out, earlier | {"scored": scored})
+        write(out, earlier | {"scorer": scored})
         return
     write_scores(out, benchmark, result)
     run = {"started": now(), "device": None, "processes": 1, "versions": versions(),
            "flags": flags(args), "git_commit": git_commit(), "wall_seconds": None}
     write(out, wanted | {
         "model": args.name or args.file.stem, "weights": None, "settings": {}, "protocol": None,
-        "scored": scored, "status": "scored", "numbers": result.counts, "runs": [run]})
+        "scorer": scored, "status": "scored", "numbers": result.counts, "runs": [run]})
 
 
 # ---- files -----------------------------------------------------------------------------------------------

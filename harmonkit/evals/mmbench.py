@@ -56,10 +56,6 @@ def add_arguments(parser):
 
 # ---- data ------------------------------------------------------------------------------------------------
 
-def files(args) -> list:
-    return [args.data]
-
-
 def table(path) -> list:
     """[(place, {column: cell}), …] of a TSV with a header. Raises FileNotFoundError or ValueError."""
     csv.field_size_limit(2 ** 31 - 1)                   # a cell may hold a picture
@@ -235,7 +231,7 @@ def report(name, questions, answers, march_2025) -> dict:
 
 
 def named(reports) -> dict:
-    """{"circular": {"Overall": share, category: share, …}, …} -> {"circular": share, …, "circular CP": …}."""
+    """{"circular": {"Overall": share, category: share, …}, …} -> {"circular": share, …}."""
     shares = {name: report["Overall"] for name, report in reports.items()}
     for name, report in reports.items():
         shares |= {f"{name} {part}": share for part, share in report.items()

@@ -72,8 +72,8 @@ def read(args) -> list:
 
 
 def file_rows(path, is_of_one_picture) -> list:
-    """[(place, picture, question, Yes or No), …] of a text file. is_of_one_picture: named as the picture, and
-    without its column.
+    """[(place, picture, question, Yes or No), …] of a text file. is_of_one_picture: named as the picture,
+    and without its column.
     """
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):

@@ -29,7 +29,7 @@ IMAGES = tuple(f"image_{number}" for number in range(1, 8))
 COLUMNS = ("id", "question", "options", "answer", "question_type", *IMAGES)
 TEMPLATES = {
     JANUS: "question, options A. …, an empty line, a request for the letter; open: to answer directly",
-    OFFICIAL: "question, options (A) …, an empty line, a request for the letter; open: for a word or phrase"}
+    OFFICIAL: "question, options (A) …, an empty line, a request for the letter; open: for a few words"}
 
 
 def add_arguments(parser):
@@ -49,11 +49,6 @@ def ask(template, question, options) -> str:
 
 
 # ---- data ------------------------------------------------------------------------------------------------
-
-def files(args) -> list:
-    """What the manifest digests: the subjects' files have one name, so it is their folder."""
-    return [args.data]
-
 
 def parquet_files(args) -> list:
     """The parquet files; of a folder with several splits, those of validation. Raises FileNotFoundError."""

@@ -6,14 +6,18 @@ A drawing benchmark is a module with
     add_arguments(parser)         its own flags; --data is its prompt file
     read(args)                    -> [Item, …]
     picture(number, item, sample) -> the path of a picture in the folder of results
-    grid(number, item)            -> the path of a grid of the item's pictures, or None
-    prepare(out, number, item)    writes what stands beside the pictures
     score(out, items, args)       -> Result, or None where a scorer is needed that is not here
     read_scores(file, args)       -> Result of a file that the official scorer wrote
 
-and perhaps seed_number(number, item), which stands for p; check(args), which raises ValueError before the
-model is loaded; scorer(args), a dictionary of what scores depend on besides the pictures, or None. A
-picture's PNG holds its prompt, seed and settings, so a killed run goes on where it was, with any number of
+and perhaps
+
+    seed_number(number, item)     which stands for p
+    grid(number, item)            -> the path of a grid of the item's pictures
+    prepare(out, number, item)    writes what stands beside the pictures
+    check(args)                   raises ValueError before the model is loaded
+    scorer(args)                  -> a dictionary of what scores depend on besides the pictures, or None
+
+A picture's PNG holds its prompt, seed and settings, so a killed run goes on where it was, with any number of
 processes.
 """
 import hashlib
@@ -83,7 +87,7 @@ def begin(name, module, args, out) -> Job:
         out, name, args, loaded, settings=compared, data=benchmark.data_files(module, args),
         seed_rule=f"seed + {module.SEED_STRIDE}·prompt + sample",
         scorer=module.scorer(args) if hasattr(module, "scorer") else None)
-    if rank_and_world_size()[0] == 0:
+    if rank_and_world_size()[0] == 0 and hasattr(module, "prepare"):
         for number, item in enumerate(items):
             module.prepare(out, number, item)
     barrier()
@@ -121,8 +125,9 @@ def plan(module, items, seed, settings, out) -> list:
         first = seed + module.SEED_STRIDE * p
         pictures = tuple(Picture(out / module.picture(number, item, s), item.prompt, first + s, about)
                          for s in range(module.PER_PROMPT))
-        path = module.grid(number, item)
-        grid = None if path is None else Picture(out / path, item.prompt, first, about_grid)
+        grid = None
+        if hasattr(module, "grid"):
+            grid = Picture(out / module.grid(number, item), item.prompt, first, about_grid)
         sheet = Sheet(pictures, grid)
         for file in sheet.files:
             if file.path in prompt_of:

@@ -5,7 +5,7 @@
 
 --data is a folder with coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json, or one
 such file: JSON lines of question_id, image, text, label (RUCAIBox/POPE:output/coco). A part has 3,000
-questions, an older random part 2,910. OUT/coco_pope_random_answers.jsonl … are what POPE's evaluate.py reads.
+questions, an older random part 2,910. OUT/coco_pope_random_answers.jsonl … are for POPE's evaluate.py.
 Stricter than the official tool: it cuts at the shorter list if answers are missing, and matches by place
 alone.
 """

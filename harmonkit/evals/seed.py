@@ -39,10 +39,6 @@ def add_arguments(parser):
 
 # ---- data ------------------------------------------------------------------------------------------------
 
-def files(args) -> list:
-    return [args.data]
-
-
 def rows_of(path) -> tuple:
     """([(place, question of the file), …], images and videos; {type: name}). Raises FileNotFoundError or
     ValueError.

@@ -62,14 +62,6 @@ def picture(number, item, sample) -> str:
     return f"{item.name}.png"
 
 
-def grid(number, item):
-    return None
-
-
-def prepare(out, number, item):
-    """Nothing stands beside the pictures."""
-
-
 def score(out, items, args) -> Result:
     """The shares of right pictures by split. args.others: scores of the same model that stand beside them."""
     scores = {}

@@ -25,7 +25,7 @@ def main(folders, args):
     """Print the tables as Markdown. Raises ValueError or OSError for folders that cannot be read."""
     runs = results.find(folders)
     unlike = unlikeness(runs)
-    if getattr(args, "json", None):
+    if args.json:
         write_text(args.json, json.dumps(as_json(runs, unlike), indent=2, ensure_ascii=False) + "\n")
     print(markdown(runs, unlike))
 

@@ -79,14 +79,6 @@ def picture(number, item, sample) -> str:
     return f"{item.name}.png"
 
 
-def grid(number, item):
-    return None
-
-
-def prepare(out, number, item):
-    """Nothing stands beside the pictures."""
-
-
 def scorer(args):
     return {"judge": args.judge_model} if args.judge_url else None
 
@@ -142,6 +134,9 @@ def read_scores(file, args) -> Result:
     if args.judge_url:
         return score(file, read(args)[:getattr(args, "limit", None)], args)
     lines, edition = read_lines(file)
+    limit = getattr(args, "limit", None)
+    if limit and len(lines) != min(limit, rules.NUM_PROMPTS):
+        raise ValueError(f"{file}: {len(lines)} scores; --limit {limit} says otherwise")
     wanted = read(args)[0].fields["edition"] if args.data is not None else args.edition
     if wanted not in (None, edition):
         raise ValueError(f"{file}: scores of the edition {edition}, not of {wanted}")

@@ -20,11 +20,13 @@ def items_of(split, count) -> list:
             for i, (category, scene, caption) in chosen]
 
 
-def draw(model, captions, batch, seed=0, desc="drawing", **sampling) -> list:
-    """A PIL image for each caption, `batch` at a time; image i has seed + i. sampling: fields of Sampling."""
+def draw(model, prompts, batch, seed=0, desc="drawing", **sampling) -> list:
+    """A PIL image for each caption or label, `batch` at a time; image i has seed + i. sampling: fields of
+    Sampling.
+    """
     images = []
-    for start in tqdm(range(0, len(captions), batch), desc=desc, disable=None, leave=False):
-        images += model.generate_image(captions[start:start + batch], seed=seed + start, **sampling)
+    for start in tqdm(range(0, len(prompts), batch), desc=desc, disable=None, leave=False):
+        images += model.generate_image(prompts[start:start + batch], seed=seed + start, **sampling)
     return images
 
 

@@ -22,7 +22,7 @@ def float32(x) -> float:
 def kept(detections, tag) -> dict:
     """{class: indices of the detections that count, the most confident first}; no class without any.
 
-    detections: {class: [detection, …]}. The score must exceed 0.3, for the tag "counting" 0.9. At most 16 of
+    detections: {class: [detection, …]}. The score must exceed 0.3, for tag "counting" 0.9. At most 16 of
     a class count. Overlapping boxes are all kept. Of equal scores the later detection comes first.
     """
     least = float32(COUNTING_THRESHOLD if tag == "counting" else THRESHOLD)
@@ -121,7 +121,7 @@ def fault_of(clause, found, matched, detections, color_of):
 
 
 def aggregate(results) -> dict:
-    """The summary of result lines {"tag", "metadata": str, "correct": bool, …}, in the official tool's order.
+    """The summary of result lines {"tag", "metadata": str, "correct": bool, …}, in the official order.
 
     {"total_images", "total_prompts", "correct_images_percent", "correct_prompts_percent" (at least one right
     picture), "tasks": {tag: {"percent", "correct", "of"}}, "overall": mean of the tasks' shares}, all

@@ -28,7 +28,7 @@ ABBREVIATIONS = {
 
 
 def read(prediction, options, march_2025=False):
-    """A model's answer and its options {"A": text, …} -> the letter read, "Z" for a refusal, None if unread.
+    """A model's answer and its options {"A": text, …} -> the letter read, "Z" for a refusal, None: unread.
 
     `march_2025` leaves out the rules that came later: the place of the letter, the search for "answer is",
     and the bound on the length of an answer that holds an option's text.

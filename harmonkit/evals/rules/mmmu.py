@@ -31,7 +31,7 @@ PLAIN_NUMBER = re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"
 
 
 def read_choice(response, options):
-    """A response and the option texts, of A, B, … -> the letter read, None where the official tool draws one.
+    """A response and the option texts, of A, B, … -> the letter read, None where the official one draws.
 
     Marks come off both ends, one kind after the other. Letters in brackets count, else letters between
     spaces, else, in more than five words, the options' texts in any case; of several the one whose last
